@@ -1,0 +1,180 @@
+"""Scores for captions: BLEU-1..4 written out by hand, METEOR through NLTK.
+
+    python bleu_meteor.py results.json references.json
+
+results.json is a COCO results file, [{"image_id": .., "caption": ".."}, ..]; references.json is a
+COCO annotation file or simply {"image_id": ["caption", ..], ..}. All scores are per cent.
+
+Both count words alone: lower case, without punctuation, split as coco-caption's tokenizer does.
+`--punctuation` keeps punctuation as words and gives every result its full stop; the authors' own
+reference files are of that kind, and the same captions score higher there.
+"""
+import argparse
+import json
+import math
+import re
+import socket
+import sys
+from collections import Counter
+
+import nltk
+
+KEPT_SYMBOLS = set('&%$#@+=')  # coco-caption counts these as words
+
+
+def tokenize(caption, punctuation=False):
+    """Caption -> list of lower-case words, as coco-caption's tokenizer (Stanford's PTBTokenizer).
+
+    "A man's T-shirt." -> a, man, 's, t-shirt. With punctuation=True the marks are words too.
+    """
+    caption = caption.lower().replace('\u2019', "'")
+    caption = re.sub(r'(\w\w)\.(?=\s)', r'\1 .', caption)  # full stops inside a caption
+    words = nltk.NLTKWordTokenizer().tokenize(caption)
+    if punctuation:
+        return words
+    return [w for w in words if any(ch.isalnum() or ch in KEPT_SYMBOLS for ch in w)]
+
+
+def ngrams(words, n):
+    """Counter of the n-grams in a list of words."""
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(references, hypotheses, brevity_penalty=True):
+    """Corpus BLEU (Papineni et al., 2002) -> [BLEU-1, .., BLEU-4] in per cent.
+
+        p_n = sum over captions of clipped n-gram matches / sum of n-grams
+        BLEU-N = BP * (p_1 * .. * p_N) ** (1 / N),  BP = min(1, exp(1 - r / c))
+
+    references: for each image a list of token lists; hypotheses: for each image a token list.
+    c is the length of all hypotheses, r that of the references closest to each in length (the
+    shorter of two equally close). The paper's table has no brevity penalty. Equal to coco-caption,
+    whose tiny constants keep a count of zero from being a special case.
+    Raises ValueError if the two lists differ in length or an image has no reference.
+    """
+    if len(references) != len(hypotheses) or not all(references):
+        raise ValueError(f'{len(hypotheses)} captions for {len(references)} images, each of which '
+                         'must have a reference: give one caption for each image')
+    matches, totals, c, r = [0] * 4, [0] * 4, 0, 0
+    for refs, hypothesis in zip(references, hypotheses):
+        c += len(hypothesis)
+        r += min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
+        for n in range(4):
+            most = Counter()  # how often an n-gram occurs in the reference that has it most
+            for ref in refs:
+                most |= ngrams(ref, n + 1)
+            counts = ngrams(hypothesis, n + 1)
+            matches[n] += sum((counts & most).values())
+            totals[n] += sum(counts.values())
+    penalty = 1.0
+    if brevity_penalty:
+        ratio = (c + 1e-15) / (r + 1e-9)
+        penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    scores, product = [], 1.0
+    for n in range(4):
+        product *= (matches[n] + 1e-15) / (totals[n] + 1e-9)
+        scores.append(100 * penalty * product ** (1 / (n + 1)))
+    return scores
+
+
+def find_wordnet():
+    """Whether NLTK has WordNet or could download it; prints why not."""
+    for attempt in ('look', 'download', 'look again'):
+        if attempt == 'download':
+            timeout = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(20)  # where there is no network, say so soon
+            nltk.download('wordnet', quiet=True)
+            socket.setdefaulttimeout(timeout)
+            continue
+        try:
+            nltk.corpus.wordnet.ensure_loaded()
+            return True
+        except LookupError:
+            pass
+    print('METEOR left out: NLTK has no WordNet. Get it with '
+          '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it.')
+    return False
+
+
+def meteor(references, hypotheses):
+    """METEOR (Denkowski and Lavie, 2014) by NLTK, in per cent, or None where WordNet is missing.
+
+    Mean over images of the best score against any reference, with the parameters of METEOR 1.5 for
+    English: alpha .85, beta .2, gamma .6. NLTK matches words, stems and WordNet synonyms, all of
+    weight 1; the Java program also knows paraphrases and weighs function words, so the two agree
+    in scale and not in the digits. Arguments as for `bleu`.
+    """
+    if not find_wordnet():
+        return None
+    from nltk.translate.meteor_score import meteor_score
+    scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
+              for refs, hypothesis in zip(references, hypotheses)]
+    return 100 * sum(scores) / len(scores)
+
+
+def score(references, hypotheses):
+    """The table's columns: [B1, B2, B3, B4, METEOR], BLEU without brevity penalty as in the paper."""
+    return bleu(references, hypotheses, brevity_penalty=False) + [meteor(references, hypotheses)]
+
+
+def human_score(references):
+    """How people score: each image's n-th caption against its others, mean over n. As `score`."""
+    people = min(len(refs) for refs in references)
+    if people < 2:
+        return None
+    rows = [score([refs[:i] + refs[i + 1:] for refs in references], [refs[i] for refs in references])
+            for i in range(people)]
+    return [None if None in column else sum(column) / people for column in zip(*rows)]
+
+
+def load_json(path):
+    """A JSON file's content; a file that cannot be read ends the program with one line."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except OSError as error:
+        problem = error.strerror
+    except ValueError as error:
+        problem = f'not a JSON file ({error})'
+    print(f'{path}: {problem}', file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    """Score a results file against its references and print one row with and one without BP."""
+    parser = argparse.ArgumentParser(description='Score captions: BLEU-1..4 and METEOR.')
+    parser.add_argument('results', help='COCO results file: [{"image_id": .., "caption": ..}, ..]')
+    parser.add_argument('references', help='COCO annotation file, or {"image_id": [caption, ..]}')
+    parser.add_argument('--punctuation', action='store_true',
+                        help='count punctuation as words and end every result with a full stop')
+    args = parser.parse_args()
+    references = load_json(args.references)
+    try:
+        if 'annotations' in references:
+            pairs = [(r['image_id'], r['caption']) for r in references['annotations']]
+        else:
+            pairs = [(image, caption) for image in references for caption in references[image]]
+        by_image = {}
+        for image, caption in pairs:
+            by_image.setdefault(str(image), []).append(tokenize(caption, args.punctuation))
+        results = {str(r['image_id']): r['caption'] for r in load_json(args.results)}
+    except (TypeError, KeyError, AttributeError) as error:
+        parser.error(f'not in the format that -h describes: {error!r}')
+    missing = [image for image in results if image not in by_image]
+    if missing or not results:
+        parser.error(f'{len(missing)} of {len(results)} results have no reference, e.g. '
+                     f'{missing[:3]}: give results and references of the same images')
+    hypotheses = [tokenize(caption + ' .' * args.punctuation, args.punctuation)
+                  for caption in results.values()]
+    references = [by_image[image] for image in results]
+    print(f'{len(results)} images, ' + ('with punctuation' if args.punctuation else 'words alone'))
+    plain, penalised = (bleu(references, hypotheses, bp) for bp in (False, True))
+    meteor_ = meteor(references, hypotheses)
+    print('BLEU-1 .. 4                       ' + ' '.join(f'{x:5.2f}' for x in plain))
+    print('BLEU-1 .. 4 with brevity penalty  ' + ' '.join(f'{x:5.2f}' for x in penalised))
+    if meteor_ is not None:
+        print(f'METEOR (NLTK, 1.5 parameters)     {meteor_:5.2f}')
+
+
+if __name__ == '__main__':
+    main()

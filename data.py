@@ -1,0 +1,526 @@
+"""Images and their captions: data sets, downloads, vocabulary, batches, the feature cache.
+
+    shapes                      drawn here from a seed; needs no file and knows where objects are
+    flickr8k, flickr30k, coco   read from --data-dir/NAME in any layout they are published in
+
+Paper sections: 4.3 (batches of one length), 5.1 (data). Nothing here knows of models: an encoder
+is just a function from images to arrays.
+"""
+import csv
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torchvision.datasets.utils import check_integrity
+
+from bleu_meteor import tokenize
+
+PAD, START, END, UNK = range(4)  # word ids that every vocabulary has
+IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
+
+
+class UserError(Exception):
+    """Something that the user can put right; its text says what is wrong and what to do."""
+
+
+def run_command(main):
+    """Run a script's main function; a UserError becomes one line and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+class Object(NamedTuple):
+    """A drawn object of the shapes set; box is (left, top, right, bottom) in 0..1 of the image."""
+    shape: str
+    colour: str
+    size: str
+    box: tuple
+
+
+class Example(NamedTuple):
+    """An image with its captions. image is a path, or the drawn pixels (H, W, 3) themselves."""
+    image: object
+    captions: list
+    objects: tuple = ()  # shapes only
+    name: str = ''       # what a results file calls the image
+
+
+class Vocabulary:
+    """Words and their ids: <pad> 0, <start> 1, <end> 2, <unk> 3, then `words` by frequency."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.all = ['<pad>', '<start>', '<end>', '<unk>'] + self.words
+        self.ids = {word: i for i, word in enumerate(self.all)}
+
+    @classmethod
+    def build(cls, captions, max_size=10000, min_count=1):
+        """The max_size most frequent words of `captions` (lists of words) seen min_count times."""
+        counts = Counter(word for caption in captions for word in caption)
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        return cls([word for word in ranked if counts[word] >= min_count][:max_size])
+
+    def __len__(self):
+        return len(self.all)
+
+    def encode(self, words):
+        """List of words -> list of ids; unknown words become <unk>."""
+        return [self.ids.get(word, UNK) for word in words]
+
+    def decode(self, ids):
+        """Ids -> list of words; <pad>, <start> and <end> are left out."""
+        return [self.all[int(i)] for i in ids if int(i) not in (PAD, START, END)]
+
+
+# ----------------------------------------------------------------------- shapes, drawn from a seed
+SHAPES = {'circle': ('circle', 'disc'), 'square': ('square', 'box'), 'triangle': ('triangle',),
+          'star': ('star',), 'cross': ('cross', 'plus'), 'diamond': ('diamond', 'rhombus')}
+COLOURS = {'red': (215, 40, 40), 'orange': (245, 140, 30), 'yellow': (245, 225, 60),
+           'green': (45, 155, 65), 'blue': (45, 85, 215), 'purple': (140, 50, 170),
+           'black': (20, 20, 20), 'white': (250, 250, 250)}
+SIZES = {'small': ('small', 'little', 'tiny'), 'large': ('large', 'big', 'huge')}
+RADIUS = {'small': (0.10, 0.12), 'large': (0.16, 0.20)}  # of the image's side
+BACKGROUNDS = ('plain', 'striped', 'shaded', 'speckled')
+# These pairs are never drawn for training and validation: does the model combine what it knows?
+UNSEEN_PAIRS = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'blue'),
+                ('star', 'black'), ('cross', 'red'), ('diamond', 'green')}
+NOUNS = {noun: shape for shape, nouns in SHAPES.items() for noun in nouns}
+
+
+def polygon(shape, x, y, r):
+    """Corners of a shape with radius r around (x, y)."""
+    def around(angles, radii):
+        return [(x + s * math.sin(math.radians(d)), y - s * math.cos(math.radians(d)))
+                for d, s in zip(angles, radii)]
+    if shape == 'square':
+        return around(range(45, 405, 90), [1.2 * r] * 4)
+    if shape == 'triangle':
+        return around(range(0, 360, 120), [1.15 * r] * 3)
+    if shape == 'diamond':
+        return [(x, y - 1.15 * r), (x + 0.75 * r, y), (x, y + 1.15 * r), (x - 0.75 * r, y)]
+    if shape == 'star':
+        return around(range(0, 360, 36), [1.15 * r, 0.5 * r] * 5)
+    w = 0.36 * r  # a cross: twelve corners
+    return [(x + i * r, y + j * r) if abs(i) != abs(j) else (x + i * w, y + j * w) for i, j in (
+        (-.36, -1), (.36, -1), (1, -1), (1, -.36), (1, .36), (1, 1),
+        (.36, 1), (-.36, 1), (-1, 1), (-1, .36), (-1, -.36), (-1, -1))]
+
+
+def draw_background(kind, side, rng):
+    """A square picture in a muted colour, none of COLOURS."""
+    base = np.array([rng.randint(125, 185)] * 3) + [rng.randint(-20, 20) for _ in range(3)]
+    y, x = np.mgrid[0:side, 0:side] / side
+    shade = {'plain': 0 * x, 'shaded': 50 * (x + y - 1) * rng.choice((-1, 1)),
+             'striped': 14 * np.sign(np.sin(2 * np.pi * rng.randint(5, 8) * rng.choice((x, y)))),
+             'speckled': 28 * np.random.default_rng(rng.randrange(2 ** 32)).normal(size=x.shape)}
+    pixels = base + shade[kind][:, :, None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw_scene(rng, unseen, side=64):
+    """One to three objects that do not touch -> pixels (side, side, 3), objects, background.
+
+    With `unseen` the first object is one of UNSEEN_PAIRS; without, none is.
+    """
+    kind = rng.choice(BACKGROUNDS)
+    scale = 3  # drawn three times as large and shrunk, for smooth edges
+    picture = draw_background(kind, side, rng).resize((side * scale, side * scale), Image.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    objects, pairs = [], []
+    for index in range(rng.choice((1, 2, 2, 3))):
+        pair = None
+        while pair is None or pair in pairs or (pair in UNSEEN_PAIRS) != (unseen and index == 0):
+            pair = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
+        size = rng.choice(list(SIZES))
+        for _ in range(100):
+            r = rng.uniform(*RADIUS[size])
+            x, y = (rng.uniform(1.2 * r, 1 - 1.2 * r) for _ in 'xy')
+            box = (x - r, y - r, x + r, y + r)
+            if all(box[0] > o.box[2] + .05 or box[2] < o.box[0] - .05 or box[1] > o.box[3] + .05
+                   or box[3] < o.box[1] - .05 for o in objects):
+                break
+        else:
+            continue  # no room left
+        x, y, r = (v * side * scale for v in (x, y, r))
+        if pair[0] == 'circle':
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[pair[1]])
+        else:
+            draw.polygon(polygon(pair[0], x, y, r), fill=COLOURS[pair[1]])
+        pairs.append(pair)
+        objects.append(Object(*pair, size, box))
+    return np.asarray(picture.resize((side, side), Image.BOX)), objects, kind
+
+
+def describe(objects, background, rng):
+    """One of the many captions that a person could give to a scene.
+
+    Large objects are named before small ones, and those of one size from left to right: as people
+    do, and attention must know where to look before the word that it looks for is said.
+    """
+    def phrase(o, article=True):
+        words = [o.colour, rng.choice(SHAPES[o.shape])]
+        if rng.random() < 0.6:
+            words.insert(0, rng.choice(SIZES[o.size]))
+        return ('an ' if words[0][0] in 'aeiou' else 'a ') * article + ' '.join(words)
+
+    def centre(o):
+        return (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
+
+    def place(o):
+        x, y = (int(3 * v) for v in centre(o))
+        column, row = ('left', '', 'right')[x], ('top', '', 'bottom')[y]
+        if column and row:
+            return f'in the {row} {column} corner'
+        return f'at the {row}' if row else f'on the {column}' if column else 'in the middle'
+
+    def relation(one, other):
+        (x1, y1), (x2, y2) = centre(one), centre(other)
+        if abs(x1 - x2) > abs(y1 - y2):
+            return rng.choice(('left of', 'to the left of') if x1 < x2 else
+                              ('right of', 'to the right of'))
+        return rng.choice(('above', 'over') if y1 < y2 else ('below', 'under'))
+
+    order = sorted(objects, key=lambda o: (o.size, o.box[0]))  # 'large' first, then from the left
+    first, *rest = names = [phrase(o) for o in order]
+    ground = f'on a {background} background'
+    if not rest:
+        return rng.choice((f'{first} {place(order[0])}', f'there is {first} {place(order[0])}',
+                           f'{first} {ground}', f'a picture of {first}',
+                           f'one {phrase(order[0], False)} {ground}',
+                           f'{first} sits {place(order[0])} {ground}'))
+    related = f'{relation(*order[:2])} {rest[0]}'
+    if len(rest) == 1:
+        return rng.choice((f'{first} {related}', f'{first} {related}', f'{first} is {related}',
+                           f'there is {first} {related}', f'{first} sits {related}',
+                           f'{first} and {rest[0]} {ground}'))
+    return rng.choice((f'{first} {related} and {names[2]} {place(order[2])}',
+                       f'{first} is {related} with {names[2]} {place(order[2])}',
+                       f'there is {first} {related} and {names[2]}',
+                       f'{first} and {rest[0]} and {names[2]} {ground}'))
+
+
+def make_shapes(count, seed, unseen=False):
+    """`count` Examples of the shapes set, five different captions each; the same for each seed."""
+    examples = []
+    for index in range(count):
+        rng = random.Random(f'{seed} {index}')
+        pixels, objects, background = draw_scene(rng, unseen)
+        captions = []
+        while len(captions) < 5:
+            caption = describe(objects, background, rng)
+            if caption not in captions:
+                captions.append(caption)
+        examples.append(Example(pixels, captions, tuple(objects), f'{seed}-{index}'))
+    return examples
+
+
+def pointing(words, alphas, objects, grid):
+    """Whether attention lies on what a caption names -> (hits, object words).
+
+    An object word is a shape noun; it is hit when the centre of the grid cell with the largest
+    alpha lies in the box of an object of that shape, and of that colour where the word before is
+    one. words: list; alphas: (at least len(words), L); grid: (rows, columns).
+    """
+    hits = nouns = 0
+    for t, word in enumerate(words):
+        if word not in NOUNS:
+            continue
+        nouns += 1
+        colour = words[t - 1] if t and words[t - 1] in COLOURS else None
+        row, column = divmod(int(alphas[t].argmax()), grid[1])
+        x, y = (column + 0.5) / grid[1], (row + 0.5) / grid[0]
+        hits += any(o.shape == NOUNS[word] and colour in (None, o.colour)
+                    and o.box[0] <= x <= o.box[2] and o.box[1] <= y <= o.box[3] for o in objects)
+    return hits, nouns
+
+
+# --------------------------------------------------------------------- data sets on disk
+GITHUB = 'https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/'
+COCO = 'http://images.cocodataset.org/'
+KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
+            '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
+# What downloads when it is missing: (address, kind of checksum, checksum).
+DOWNLOADS = {
+    'flickr8k': {
+        'images': [(GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
+        'captions': [(GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627')]},
+    'flickr30k': {'images': [], 'captions': [KARPATHY]},
+    'coco': {
+        'images': [(COCO + 'zips/train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
+                   (COCO + 'zips/val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')],
+        'captions': [KARPATHY]}}
+FLICKR30K_FORM = ('Flickr30k is given out by its authors: fill in the form at '
+                  'https://shannon.cs.illinois.edu/DenotationGraph/ and unpack the images')
+NO_SUCH_IMAGE = '2258277193_586949ec62.jpg.1'  # Flickr8k has captions for it, and no picture
+
+
+def download(address, kind, checksum, folder):
+    """Fetch a zip archive with a progress bar, check it, and unpack it into `folder`.
+
+    The file has its name only when its checksum is right (until then .part), and what is in it
+    appears in the folder only when all is unpacked. Raises UserError, with what to do by hand.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / address.rsplit('/', 1)[1]
+    part = folder / (archive.name + '.part')
+    if not archive.exists():
+        print(f'downloading {address}')
+        try:
+            torch.hub.download_url_to_file(address, str(part))
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f'cannot download {address} ({error}): get it in another way and put '
+                            f'it into {folder}') from None
+        if kind == 'md5':
+            right = check_integrity(part, checksum)
+        else:
+            with open(part, 'rb') as file:
+                right = hashlib.file_digest(file, kind).hexdigest() == checksum
+        if not right:
+            part.unlink()
+            raise UserError(f'{address} came with a wrong {kind} sum: try again, or get it in '
+                            f'another way and put it into {folder}')
+        os.replace(part, archive)
+    unpacked = folder / 'unpacking.part'
+    shutil.rmtree(unpacked, ignore_errors=True)
+    with zipfile.ZipFile(archive) as file:  # its extractall never leaves the folder
+        file.extractall(unpacked)
+    for item in unpacked.iterdir():
+        os.replace(item, folder / item.name)
+    unpacked.rmdir()
+    archive.unlink()
+
+
+def find_images(folder):
+    """All pictures below a folder, by file name; `._*` are macOS's notes and not pictures."""
+    return {name: Path(place, name) for place, _, names in os.walk(folder) for name in names
+            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith('._')}
+
+
+def read_karpathy(path):
+    """Karpathy's dataset_NAME.json -> {split: {file name: captions}}; restval counts as train."""
+    splits = {'train': {}, 'val': {}, 'test': {}}
+    for image in json.loads(path.read_text(encoding='utf-8'))['images']:
+        split = 'train' if image['split'] == 'restval' else image['split']
+        splits[split][image['filename']] = [s['raw'] for s in image['sentences']]
+    return splits
+
+
+def read_coco(folder):
+    """COCO's captions_{train,val}2014.json -> {split: {file name: captions}}.
+
+    COCO publishes no test captions: the first 5,000 images of val by id are for validation, the
+    next 5,000 for testing. Karpathy's split, which is read first, is what papers compare on.
+    """
+    parts = []
+    for part in ('train2014', 'val2014'):
+        path = next(folder.rglob(f'captions_{part}.json'), None)
+        if path is None:
+            raise UserError(f'captions_{part}.json is missing below {folder}')
+        content = json.loads(path.read_text(encoding='utf-8'))
+        names = {image['id']: image['file_name'] for image in content['images']}
+        captions = {names[i]: [] for i in sorted(names)}
+        for annotation in content['annotations']:
+            captions[names[annotation['image_id']]].append(annotation['caption'])
+        parts.append(captions)
+    train, val = parts
+    items = list(val.items())
+    return {'train': train, 'val': dict(items[:5000]), 'test': dict(items[5000:10000])}
+
+
+def read_captions(path):
+    """A file with one caption a line -> {file name: captions}.
+
+    Three layouts: Flickr's `name.jpg#0<tab>caption`, Kaggle's Flickr8k `name.jpg,caption` and
+    Kaggle's Flickr30k `name.jpg| 0| caption`, the last two under a line of column names.
+    """
+    captions = {}
+    with open(path, encoding='utf-8', newline='') as file:
+        if path.suffix == '.token' or path.name.endswith('.token.txt'):
+            rows = (line.rstrip('\r\n').split('\t', 1) for line in file)
+        else:
+            rows = csv.reader(file, delimiter='|' if '|' in file.readline() else ',')
+        for number, row in enumerate(rows, start=1):
+            row = [row[0].split('#')[0].strip(), row[-1].strip()] if len(row) > 1 else row
+            if len(row) != 2 or not row[1]:
+                raise UserError(f'{path}: caption {number} cannot be read: {row}')
+            captions.setdefault(row[0], []).append(row[1])
+    captions.pop(NO_SUCH_IMAGE, None)
+    return captions
+
+
+def split_captions(folder, captions, name):
+    """Apply the split lists beside a caption file, or draw a split from a seed where none is."""
+    splits = {}
+    for split, official in (('train', 'train'), ('val', 'dev'), ('test', 'test')):
+        path = next(folder.rglob(f'*_8k.{official}Images.txt'), None) if name == 'flickr8k' else None
+        if path is not None:
+            names = path.read_text(encoding='utf-8').split()
+            splits[split] = {image: captions[image] for image in names if image in captions}
+    if len(splits) < 3:
+        held = min(1000, len(captions) // 8)
+        names = random.Random(0).sample(sorted(captions), len(captions))
+        print(f'{folder} has no list of splits: {held} images each for validation and test are '
+              'drawn from a seed, so scores cannot be compared with published ones')
+        parts = {'val': names[:held], 'test': names[held:2 * held], 'train': names[2 * held:]}
+        splits = {part: {image: captions[image] for image in parts[part]} for part in parts}
+    return splits
+
+
+def read_splits(folder, name):
+    """Whatever caption files a folder has -> {split: {file name: captions}}, or None."""
+    karpathy = next(folder.rglob(f'dataset_{name}.json'), None)
+    if karpathy:
+        return read_karpathy(karpathy)
+    if name == 'coco':
+        return read_coco(folder) if next(folder.rglob('captions_*.json'), None) else None
+    for pattern in ('Flickr8k.token.txt', 'results_20130124.token', 'captions.txt', 'results.csv'):
+        path = next(folder.rglob(pattern), None)
+        if path:
+            return split_captions(folder, read_captions(path), name)
+    return None
+
+
+def load_captions(name, root='data'):
+    """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example.
+
+    name: shapes (which also has 'unseen', a second test split), flickr8k, flickr30k or coco;
+    root: the folder that holds a folder of that name. What is missing is downloaded.
+    Raises UserError where files are missing or cannot be read.
+    """
+    if name == 'shapes':
+        return {'train': make_shapes(8000, 'train'), 'val': make_shapes(200, 'val'),
+                'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
+    folder = Path(root) / name
+    images = find_images(folder)
+    if not images and name == 'flickr30k':
+        raise UserError(f'{folder} has no images. {FLICKR30K_FORM} there')
+    for source in () if images else DOWNLOADS[name]['images']:
+        download(*source, folder)
+    splits = read_splits(folder, name)
+    if splits is None:
+        for source in DOWNLOADS[name]['captions']:
+            download(*source, folder)
+        splits = read_splits(folder, name)
+    images = images or find_images(folder)
+    wanted = {image for split in splits.values() for image in split}
+    missing = sorted(wanted - images.keys())
+    if missing or not wanted:
+        raise UserError(f'{folder}: {len(missing)} of {len(wanted)} images with captions are '
+                        f'missing, such as {missing[:2]}: put them there, or move the folder away '
+                        'to have it downloaded')
+    return {split: [Example(images[image], captions, name=image)
+                    for image, captions in splits[split].items()] for split in splits}
+
+
+# ---------------------------------------------------------------------------- images and arrays
+def open_image(source):
+    """Path, file or pixels (H, W, 3) -> upright RGB picture, whatever kind of image it was.
+
+    Grey, palette, CMYK and 16-bit images become RGB, transparent ones are laid on white, and a
+    camera's note of how it was held is obeyed. Raises UserError if the file is not an image.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    try:
+        with Image.open(source) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
+                pixels = np.asarray(image, dtype=np.float64)
+                top = 65535 if pixels.max() > 255 else 255
+                return Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8)
+                                       ).convert('RGB')
+            if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+                image = image.convert('RGBA')
+                return Image.alpha_composite(Image.new('RGBA', image.size, 'white'),
+                                             image).convert('RGB')
+            return image.convert('RGB')
+    except FileNotFoundError:
+        raise UserError(f'there is no image {source}') from None
+    except UnidentifiedImageError:
+        raise UserError(f'{source} is not an image that Pillow can read') from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'{source} cannot be read: {error}') from None
+
+
+def load_image(source, size):
+    """Path or pixels -> uint8 array (3, size, size): the whole image, squeezed into a square."""
+    image = open_image(source)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def image_batches(sources, size, batch_size=32):
+    """Yield uint8 tensors (B, 3, size, size), in order, read by several threads."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in range(0, len(sources), batch_size):
+            pixels = pool.map(lambda s: load_image(s, size), sources[i:i + batch_size])
+            yield torch.from_numpy(np.stack(list(pixels)))
+
+
+def cache_arrays(examples, size, cache_dir, label, encode=None):
+    """The examples' images as one array (N, ..) in the order of `examples`.
+
+    encode maps image tensors (B, 3, size, size) to features (B, L, D), which are kept as float16
+    in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
+    are. The file's name ends in a digest of `label` (which encoder), the size and the images, so a
+    cache is never taken for another's. Drawn images stay in memory.
+    """
+    sources = [example.image for example in examples]
+    if encode is None and isinstance(sources[0], np.ndarray):
+        return np.concatenate([b.numpy() for b in image_batches(sources, size)])
+    names = [str(x.name) for x in examples]
+    digest = hashlib.sha256(json.dumps([label, size, names]).encode()).hexdigest()[:12]
+    path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
+    if path.exists():
+        try:
+            array = np.load(path, mmap_mode='r')
+            if len(array) == len(examples):
+                return array
+        except (ValueError, OSError, EOFError):
+            print(f'{path} is damaged and is made again')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, array, done = path.with_name(path.name + '.part'), None, 0
+    for images in image_batches(sources, size):
+        rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
+        if array is None:
+            array = np.lib.format.open_memmap(part, mode='w+', dtype=rows.dtype,
+                                              shape=(len(sources), *rows.shape[1:]))
+        array[done:done + len(rows)] = rows
+        done += len(rows)
+        if sys.stdout.isatty():
+            print(f'\rreading images: {done}/{len(sources)}', end='\n' * (done == len(sources)))
+    array.flush()
+    os.replace(part, path)
+    return np.load(path, mmap_mode='r')
+
+
+# ----------------------------------------------------------------------------------- batches
+def length_batches(lengths, batch_size, rng):
+    """Shuffled batches of captions of one length, paper section 4.3: no padding and no masks.
+
+    lengths: (N,) words of each caption; rng: numpy Generator. Returns a list of index arrays; each
+    caption is in exactly one.
+    """
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind='stable')]
+    edges = np.flatnonzero(np.diff(lengths[order])) + 1
+    batches = [part[i:i + batch_size] for part in np.split(order, edges)
+               for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]

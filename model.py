@@ -1,0 +1,449 @@
+"""The captioner of Show, Attend and Tell (Xu et al., 2015) and the CNN in front of it.
+
+LSTMCell, RNNCell  recurrent cells written out by hand, paper eq. (1)-(3)
+Encoder            image -> annotation vectors, paper section 3.1.1
+Captioner          teacher-forced forward pass and batched beam search, section 3.1.2
+save_checkpoint, load_checkpoint
+
+Letters, the same in every file:
+    B batch   L locations   D feature size   T time steps   V vocabulary
+    H hidden  M embedding   A attention size K beams
+Paper symbols: a annotation vectors, alpha attention weights, beta gate, z context, h and c the
+LSTM's state, E word embedding, y words. A line that changes a shape ends with it.
+"""
+import hashlib
+import os
+import zipfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+import torchvision
+from torch import nn
+
+from attention import BahdanauAttention, DotAttention, hard_context, soft_context
+from data import END, PAD, START, UNK, UserError, Vocabulary
+
+
+# ---------------------------------------------------------------------------- recurrent cells
+class LSTMCell(nn.Module):
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997), paper eq. (1)-(3).
+
+        i, f, o = sigmoid(W x_t + U h_{t-1} + b), g = tanh(W x_t + U h_{t-1} + b)
+        c_t = f * c_{t-1} + i * g        the gates forget old memory and write new
+        h_t = o * tanh(c_t)              and choose what to show
+    """
+    gates = 4
+
+    def __init__(self, input_dim, hidden_dim):
+        super().__init__()
+        self.W = nn.Linear(input_dim, 4 * hidden_dim)
+        self.U = nn.Linear(hidden_dim, 4 * hidden_dim, bias=False)
+
+    def forward(self, x, state):
+        """Input x (B, input_dim), state (h, c) of (B, H) each -> the new state (h, c)."""
+        return self.step(self.W(x), state)
+
+    def step(self, Wx, state):
+        """The same from W x + b (B, 4H), which a caller may compute for all words at once."""
+        h, c = state
+        i, f, o, g = (Wx + self.U(h)).chunk(4, dim=1)  # four of (B, H)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # eq. (2)
+        h = torch.sigmoid(o) * torch.tanh(c)  # eq. (3)
+        return h, c
+
+
+class RNNCell(nn.Module):
+    """The plain recurrent network h_t = tanh(W x_t + U h_{t-1} + b) (Elman, 1990)."""
+    gates = 1
+
+    def __init__(self, input_dim, hidden_dim):
+        super().__init__()
+        self.W = nn.Linear(input_dim, hidden_dim)
+        self.U = nn.Linear(hidden_dim, hidden_dim, bias=False)
+
+    def forward(self, x, state):
+        """Input x (B, input_dim), state (h, c) -> (h, c); c is not used, an RNN has no memory."""
+        return self.step(self.W(x), state)
+
+    def step(self, Wx, state):
+        """The same from W x + b (B, H)."""
+        h, c = state
+        return torch.tanh(Wx + self.U(h)), c
+
+
+# ------------------------------------------------------------------------------------ encoder
+class Coordinates(nn.Module):
+    """Appends each pixel's x and y in -1..1 as channels, so that features know where they are."""
+
+    def forward(self, images):
+        """Images (B, C, H, W) -> (B, C+2, H, W)."""
+        B, _, H, W = images.shape
+        x = torch.linspace(-1, 1, W, device=images.device).expand(B, 1, H, W)
+        y = torch.linspace(-1, 1, H, device=images.device).unsqueeze(1).expand(B, 1, H, W)
+        return torch.cat([images, x, y], dim=1)
+
+
+def tiny_cnn():
+    """A small CNN of stride 8 and 128 features for pictures of simple shapes, trained jointly."""
+    def block(inputs, outputs, stride):
+        return [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(Coordinates(), *block(5, 16, 2), *block(16, 32, 2), *block(32, 64, 2),
+                         *block(64, 128, 1))
+
+
+def torchvision_cnn(name, pretrained=True):
+    """A torchvision classifier's feature map: all its layers before the pooling.
+
+    vgg19 ends after conv5_4 and its ReLU, before the last max pool, as in the paper.
+    Raises UserError for a name that torchvision has not, or when the weights cannot be had.
+    """
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"no encoder is called '{name}': give 'tiny', a torchvision "
+                        "classification CNN such as vgg19 or resnet50, or a path to a .pt2 file")
+    weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
+    try:
+        cnn = torchvision.models.get_model(name, weights=weights)
+    except (OSError, RuntimeError) as error:  # no network, or a broken download
+        folder = Path(torch.hub.get_dir()) / 'checkpoints'
+        raise UserError(f'cannot get the weights of {name} ({error}): download {weights.url} '
+                        f'and put it into {folder}') from None
+    if hasattr(cnn, 'layer4'):  # resnet, resnext, wide_resnet
+        return nn.Sequential(cnn.conv1, cnn.bn1, cnn.relu, cnn.maxpool,
+                             cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4)
+    if hasattr(cnn, 'trunk_output'):  # regnet
+        return nn.Sequential(cnn.stem, cnn.trunk_output)
+    if not isinstance(getattr(cnn, 'features', None), nn.Sequential):
+        raise UserError(f'{name} has no feature map that attention could look at: '
+                        'give a CNN such as vgg19, resnet50, densenet121 or efficientnet_b0')
+    layers = list(cnn.features)
+    if isinstance(layers[-1], nn.MaxPool2d):  # vgg, alexnet
+        layers = layers[:-1]
+    if name.startswith('densenet'):  # its last ReLU is not a layer of its own
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """CNN that turns an image into annotation vectors a = {a_1 .. a_L}, paper section 3.1.1.
+
+    name        'tiny', a torchvision classification CNN, or the path of a .pt2 file
+                (torch.export) that maps ImageNet-normalised images (B, 3, H, W) to (B, D, h, w)
+    image_size  pixels; images are squares of this side
+    trainable   whether the CNN learns; a frozen one stays in evaluation mode for ever
+
+    .grid is (rows, columns) with rows * columns = L, .feature_dim is D, and .key names the weights
+    of a frozen CNN, so that features in a cache can be told apart.
+    """
+
+    def __init__(self, name='tiny', image_size=64, trainable=None, pretrained=True):
+        super().__init__()
+        self.name, self.image_size = str(name), image_size
+        self.trainable = self.name == 'tiny' if trainable is None else trainable
+        self.key = self.name
+        if self.name == 'tiny':
+            self.cnn = tiny_cnn()
+        elif self.name.endswith('.pt2'):
+            self.cnn, self.key = self.load_exported(self.name)
+        else:
+            self.cnn = torchvision_cnn(self.name, pretrained)
+        self.cnn.requires_grad_(self.trainable)
+        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
+        self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
+        self.eval()
+        with torch.no_grad():
+            try:
+                features = self.cnn(torch.zeros(2, 3, image_size, image_size))  # (2, D, h, w)
+            except RuntimeError as error:
+                raise UserError(f'the encoder {name} cannot take images of {image_size} x '
+                                f'{image_size} pixels (--image-size): {error}') from None
+        self.feature_dim, self.grid = features.shape[1], tuple(features.shape[2:])
+
+    def load_exported(self, path):
+        """The CNN in a .pt2 file and a name for its weights."""
+        if self.trainable:
+            raise UserError(f'{path}: an exported CNN cannot be trained, only used as it is')
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+        except OSError as error:
+            raise UserError(f'cannot read the encoder {path}: {error.strerror}') from None
+        if not zipfile.is_zipfile(path):
+            raise UserError(f'{path} is not a file that torch.export.save wrote, or not all of it')
+        return torch.export.load(path).module(), f'{Path(path).stem}-{digest}'
+
+    def train(self, mode=True):
+        """A frozen CNN is never put into training mode, whatever the rest does."""
+        self.training = mode
+        if not isinstance(self.cnn, torch.fx.GraphModule):  # an exported one refuses both modes
+            self.cnn.train(mode and self.trainable)
+        return self
+
+    def forward(self, images):
+        """Images (B, 3, H, W), uint8 or float in 0..1 -> annotation vectors a (B, L, D)."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            images = (images - self.mean) / self.std
+            # Channels last is the faster layout for convolutions, and what flattening wants.
+            features = self.cnn(images.contiguous(memory_format=torch.channels_last))
+        return features.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, L, D)
+
+
+# ---------------------------------------------------------------------------------- captioner
+@dataclass
+class CaptionerConfig:
+    """What a Captioner is built from. attn_dim and score have no meaning with attn='none'."""
+    vocab_size: int
+    feature_dim: int
+    attn: str = 'soft'            # none (Show and Tell), soft, hard
+    score: str = 'additive'       # additive (Bahdanau), dot
+    cell: str = 'lstm'            # lstm, rnn
+    embed_dim: int = 512
+    hidden_dim: int = 512
+    attn_dim: int = 512
+    dropout: float = 0.5
+    hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
+
+
+class Teacher(NamedTuple):
+    """What the teacher-forced pass returns; attention is None with attn='none'."""
+    logits: torch.Tensor                      # (B, T, V)
+    alphas: Optional[torch.Tensor] = None     # (B, T, L)
+    betas: Optional[torch.Tensor] = None      # (B, T)
+    log_p_s: Optional[torch.Tensor] = None    # (B, T), hard attention only
+
+
+class Attended(NamedTuple):
+    """One step's look at the image."""
+    z: torch.Tensor                           # (B, D), after the gate
+    alpha: torch.Tensor                       # (B, L)
+    beta: torch.Tensor                        # (B,)
+    log_p_s: Optional[torch.Tensor] = None    # (B,), hard attention only
+
+
+class Hypothesis(NamedTuple):
+    """A caption that beam search found."""
+    tokens: list              # word ids without <start>; the last is <end> if the caption ended
+    log_prob: float           # log p(tokens | a)
+    alphas: object            # numpy (len(tokens), L), None with attn='none'
+    betas: object             # numpy (len(tokens),), None with attn='none'
+
+
+class Captioner(nn.Module):
+    """The decoder: an LSTM that looks at the image anew for every word, section 3.1.2.
+
+    With attn='none' it is Show and Tell (Vinyals et al., 2014): the mean annotation vector is the
+    first input of the LSTM, and the image is not seen again.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.E = nn.Embedding(c.vocab_size, c.embed_dim)
+        nn.init.normal_(self.E.weight, std=0.1)
+        self.cell = {'lstm': LSTMCell, 'rnn': RNNCell}[c.cell](c.embed_dim, c.hidden_dim)
+        if c.attn == 'none':
+            self.W_I = nn.Linear(c.feature_dim, c.embed_dim)
+        else:
+            score = {'additive': BahdanauAttention, 'dot': DotAttention}[c.score]
+            self.attention = score(c.feature_dim, c.hidden_dim, c.attn_dim)
+            self.f_init_h = nn.Linear(c.feature_dim, c.hidden_dim)
+            self.f_init_c = nn.Linear(c.feature_dim, c.hidden_dim)
+            self.f_beta = nn.Linear(c.hidden_dim, 1)
+            self.W_z = nn.Linear(c.feature_dim, self.cell.gates * c.hidden_dim, bias=False)
+            self.L_z = nn.Linear(c.feature_dim, c.embed_dim, bias=False)
+        self.L_h = nn.Linear(c.hidden_dim, c.embed_dim)
+        self.L_o = nn.Linear(c.embed_dim, c.vocab_size)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def start(self, a):
+        """Annotation vectors a (B, L, D) -> attention keys (B, L, A) and the first state (h, c)."""
+        mean = a.mean(dim=1)  # (B, D)
+        if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
+            zero = mean.new_zeros(len(a), self.config.hidden_dim)
+            return None, self.cell(self.W_I(mean), (zero, zero))
+        state = torch.tanh(self.f_init_h(mean)), torch.tanh(self.f_init_c(mean))
+        return self.attention.project(a), state
+
+    def step(self, Wy, keys, a, state, s=None, expected=None):
+        """One word: look at the image with h_{t-1}, then move the LSTM on.
+
+        Wy (B, gates * H) is the cell's input from the word y_{t-1}; keys and a as in `start`.
+        s and expected are hard attention's choice, see `hard_context`.
+        Returns the new state and Attended (None with attn='none').
+        """
+        if self.config.attn == 'none':
+            return self.cell.step(Wy, state), None
+        h = state[0]
+        alpha = self.attention(keys, h)  # (B, L)
+        log_p_s = None
+        if self.config.attn == 'soft':
+            z = soft_context(alpha, a)  # (B, D)
+        elif self.training or s is not None:
+            z, log_p_s = hard_context(alpha, a, s, expected)
+        elif self.config.hard_decode == 'argmax':
+            z, log_p_s = hard_context(alpha, a, alpha.argmax(dim=1))
+        else:
+            z = soft_context(alpha, a)
+        beta = torch.sigmoid(self.f_beta(h))  # (B, 1), section 4.2.1
+        z = beta * z
+        # W_z z is the third part of eq. (1)'s matrix product, beside the word's and the state's.
+        state = self.cell.step(Wy + self.W_z(z), state)
+        return state, Attended(z, alpha, beta.squeeze(1), log_p_s)
+
+    def logits(self, y, h, z=None):
+        """Deep output layer, eq. (7): embedded words y (..., M), h (..., H), z (..., D) -> (..., V).
+
+        The tanh is in the authors' program and not in the paper's equation; the scores of the
+        paper's table come from the program.
+        """
+        n = y + self.L_h(self.dropout(h))
+        if z is not None:
+            n = n + self.L_z(z)
+        return self.L_o(self.dropout(torch.tanh(n)))
+
+    def forward(self, a, captions, s=None, expected=None):
+        """Teacher-forced pass over captions of one length.
+
+        a (B, L, D); captions (B, T+1) word ids from <start> to <end>. For hard attention,
+        s (B, T) fixes the locations (by default they are sampled in training mode and follow
+        config.hard_decode in evaluation mode), and words where expected (B, T) is true use the
+        expectation in place of a sample. Returns a Teacher.
+        """
+        y = self.E(captions[:, :-1])  # (B, T, M)
+        keys, state = self.start(a)
+        h, looks = [], []
+        for t, Wy in enumerate(self.cell.W(y).unbind(1)):  # the words' part, for all t at once
+            choice = (x if x is None else x[:, t] for x in (s, expected))
+            state, attended = self.step(Wy, keys, a, state, *choice)
+            h.append(state[0])
+            looks.append(attended)
+        h = torch.stack(h, dim=1)  # (B, T, H)
+        if self.config.attn == 'none':
+            return Teacher(self.logits(y, h))
+        z, alphas, betas, log_p_s = (None if part[0] is None else torch.stack(part, dim=1)
+                                     for part in zip(*looks))
+        return Teacher(self.logits(y, h, z), alphas, betas, log_p_s)
+
+    @torch.no_grad()
+    def beam_search(self, a, beam_size=3, max_len=30, length_penalty=0.0):
+        """Captions of the highest log p(y | a), all images and all their beams at once.
+
+        a (B, L, D) -> for each image a list of at most beam_size Hypothesis, best first: those
+        that ended before those cut at max_len words, each ordered by
+        log_prob / len(tokens) ** length_penalty. As in the authors' program, an image's beam
+        narrows by one whenever a caption ends. <unk> is never said.
+        """
+        assert beam_size >= 1 and max_len >= 1, 'beam_size and max_len must be at least 1'
+        B, K, V = len(a), beam_size, self.config.vocab_size
+        keys, state = self.start(a)
+        keys, a, *state = (x if x is None else x.repeat_interleave(K, dim=0)
+                           for x in (keys, a, *state))  # row b * K + k is beam k of image b
+        words = a.new_full((B * K,), START, dtype=torch.long)
+        score = a.new_full((B, K), -torch.inf)  # log p of each live beam; all but one are equal
+        score[:, 0] = 0
+        places = torch.full((B, 1), K, device=a.device)  # beams that have not ended
+        rank = torch.arange(K, device=a.device)
+        first = torch.arange(B, device=a.device).unsqueeze(1) * K  # (B, 1), row of beam 0
+        trace = []
+        for _ in range(max_len):
+            y = self.E(words)  # (B*K, M)
+            state, look = self.step(self.cell.W(y), keys, a, state)
+            log_p = self.logits(y, state[0], look and look.z).log_softmax(dim=1)  # (B*K, V)
+            log_p[:, [PAD, START, UNK]] = -torch.inf
+            total = (score.view(B * K, 1) + log_p).view(B, K * V)
+            score, best = total.topk(K, dim=1)  # (B, K), best first
+            parent, words = best // V, best % V  # (B, K)
+            kept = (rank < places) & (score > -torch.inf)
+            ended = kept & (words == END)
+            trace.append((words, parent, score, ended, kept & ~ended, look))
+            places = places - ended.sum(dim=1, keepdim=True)
+            score = score.masked_fill(ended | ~kept, -torch.inf)
+            rows, words = (first + parent).flatten(), words.flatten()
+            state = [x[rows] for x in state]
+            if not (score > -torch.inf).any():
+                break
+        found = self._read_back(trace, B, K)
+        return [sorted(f, key=lambda x: (x.tokens[-1] != END, -x.log_prob
+                                         / len(x.tokens) ** length_penalty)) for f in found]
+
+    @staticmethod
+    def _read_back(trace, B, K):
+        """Follow each caption of a beam search from its last word back to its first."""
+        *parts, looks = zip(*trace)
+        words, parent, score, ended, cut = (torch.stack(p).cpu().numpy() for p in parts)
+        alphas = betas = None
+        if looks[0] is not None:
+            alphas = torch.stack([x.alpha for x in looks]).unflatten(1, (B, K)).cpu().numpy()
+            betas = torch.stack([x.beta for x in looks]).unflatten(1, (B, K)).cpu().numpy()
+        ended[-1] |= cut[-1]  # at max_len the captions that go on are cut
+        found = [[] for _ in range(B)]
+        for last, b, k in zip(*ended.nonzero()):
+            log_prob, tokens, beams = float(score[last, b, k]), [], []
+            for t in range(last, -1, -1):
+                tokens.append(int(words[t, b, k]))
+                k = parent[t, b, k]  # the beam that looked at the image before this word
+                beams.append(k)
+            at = (range(last + 1), b, beams[::-1])
+            found[b].append(Hypothesis(tokens[::-1], log_prob,
+                                       None if alphas is None else alphas[at],
+                                       None if betas is None else betas[at]))
+        return found
+
+
+# --------------------------------------------------------------------------------- checkpoints
+FORMAT = 'show-attend-tell 1'
+
+
+def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
+    """Write one file with all that captioning needs, and whatever `training` adds for resuming.
+
+    settings is a dictionary of numbers and strings. The weights of a frozen encoder are not
+    written: torchvision has them, and a .pt2 file is found where it was or beside the checkpoint.
+    The file is written under another name and then renamed, so it is never half there.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + '.part')
+    weights = encoder.state_dict() if encoder.trainable else None
+    torch.save({'format': FORMAT, 'config': asdict(captioner.config),
+                'captioner': captioner.state_dict(), 'words': vocabulary.words,
+                'encoder': {'name': encoder.name, 'image_size': encoder.image_size,
+                            'key': encoder.key, 'weights': weights},
+                'settings': settings, **training}, part)
+    with open(part, 'rb') as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path, device='cpu'):
+    """The dictionary in a checkpoint file. Raises UserError if the file is not one."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'there is no checkpoint {path}') from None
+    except Exception as error:  # torch.load has no error of its own for a broken or foreign file
+        raise UserError(f'{path} cannot be read as a checkpoint: {str(error)[:100]}') from None
+    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this program ('{FORMAT}')")
+    return checkpoint
+
+
+def load_checkpoint(path, device='cpu'):
+    """Rebuild from a checkpoint -> captioner, encoder (both in evaluation mode), vocabulary, settings."""
+    checkpoint = read_checkpoint(path, device)
+    name, size, key, weights = (checkpoint['encoder'][k]
+                                for k in ('name', 'image_size', 'key', 'weights'))
+    if name.endswith('.pt2') and not Path(name).exists():
+        name = str(Path(path).with_name(Path(name).name))
+    encoder = Encoder(name, size, trainable=weights is not None, pretrained=weights is None)
+    if encoder.key != key:
+        raise UserError(f'{name} is not the encoder that {path} was trained with')
+    if weights is not None:
+        encoder.load_state_dict(weights)
+    captioner = Captioner(CaptionerConfig(**checkpoint['config']))
+    captioner.load_state_dict(checkpoint['captioner'])
+    return (captioner.to(device).eval(), encoder.to(device).eval(),
+            Vocabulary(checkpoint['words']), checkpoint['settings'])

@@ -1,0 +1,167 @@
+"""Caption images and draw where the model looked.
+
+    python sample.py img.jpg                      caption, and img.attention.png beside the image
+    python sample.py a.jpg b.png photos/ --top 3  several images or folders, three captions each
+    python sample.py img.jpg --json               the same for a program to read
+
+The model is the newest one in runs/ unless --checkpoint names another. The pictures are those of
+the paper's figures 2, 3 and 5: for each word, the image under the attention that chose it.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from data import IMAGE_ENDINGS, UserError, load_image, open_image, run_command
+from model import load_checkpoint
+
+PANEL, LABEL, GAP = 224, 30, 6  # pixels: side of a panel, height of its label, space between
+
+
+def attention_map(alpha, grid, size):
+    """Weights alpha (L,) -> array (size, size) in 0..1, smoothly upsampled from the grid.
+
+    Divided by the largest value, so that a flat map is bright all over and a sharp one is a spot.
+    """
+    alpha = np.asarray(alpha, dtype=np.float32).reshape(grid)
+    small = Image.fromarray((255 * alpha / alpha.max()).astype(np.uint8))
+    blur = ImageFilter.GaussianBlur(size / max(grid) / 3)
+    weights = np.asarray(small.resize((size, size), Image.BICUBIC).filter(blur), dtype=np.float32)
+    return weights / weights.max()
+
+
+def under_attention(image, weights):
+    """Picture (S, S) and weights (S, S) in 0..1 -> the picture, dark but where the model looked."""
+    pixels, m = np.asarray(image, dtype=np.float32), weights[:, :, None]
+    dark, bright = 0.22 * pixels, 0.78 * pixels + 0.22 * 255
+    return Image.fromarray((dark + m * (bright - dark)).clip(0, 255).astype(np.uint8))
+
+
+def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
+    """One picture for a caption: the image, then for each word the image under its attention.
+
+    image: PIL picture; words: T strings; alphas (>= T, L) and betas (>= T,) from a Hypothesis, or
+    None for a model without attention, which leaves the image and the caption; grid: (rows,
+    columns) of the L locations. Each panel has its word and the gate beta (section 4.2.1).
+    """
+    image = image.resize((PANEL, PANEL), Image.BICUBIC)
+    panels = [(image, '', '')]
+    if alphas is None:
+        panels += [(None, word, '') for word in words]
+    else:
+        panels += [(under_attention(image, attention_map(alpha, grid, PANEL)), word, f'{beta:.2f}')
+                   for word, alpha, beta in zip(words, alphas, betas)]
+    rows = -(-len(panels) // columns)
+    width, height = PANEL + GAP, PANEL + LABEL + GAP
+    sheet = Image.new('RGB', (min(len(panels), columns) * width + GAP, rows * height + GAP), 'white')
+    draw = ImageDraw.Draw(sheet)
+    big, small = ImageFont.load_default(20), ImageFont.load_default(13)
+    for i, (panel, word, beta) in enumerate(panels):
+        x, y = GAP + i % columns * width, GAP + i // columns * height
+        draw.text((x + 2, y + LABEL - 6), word, 'black', big, anchor='ls')
+        draw.text((x + PANEL - 2, y + LABEL - 6), beta and f'beta {beta}', 'grey', small, anchor='rs')
+        if panel:
+            sheet.paste(panel, (x, y + LABEL))
+    return sheet
+
+
+def newest_checkpoint(folder='runs'):
+    """The best.pt that was written last below `folder`. Raises UserError if there is none."""
+    found = sorted(Path(folder).glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f'no trained model in {folder}/: train one with "python train.py", '
+                        'or name one with --checkpoint')
+    return found[-1]
+
+
+def image_paths(names):
+    """Files and folders -> the image files, those of a folder in order of name."""
+    paths = []
+    for path in map(Path, names):
+        inside = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(IMAGE_ENDINGS)
+                  and '.attention.' not in p.name] if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f'the folder {path} has no images')
+        paths += inside
+    return paths
+
+
+def parse_arguments():
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.',
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('images', nargs='+', help='image files or folders of images')
+    parser.add_argument('--checkpoint', help='trained model (default: the newest runs/*/best.pt)')
+    parser.add_argument('--beam', type=int, default=5, help='beam size')
+    parser.add_argument('--length-penalty', type=float, default=0.7,
+                        help='captions are ordered by log p / length ** this')
+    parser.add_argument('--top', type=int, default=1, help='captions for each image, at most beam')
+    parser.add_argument('--max-len', type=int, default=30, help='words in a caption at most')
+    parser.add_argument('--hard-decode', choices=('argmax', 'expected'),
+                        help='context of hard attention (default: as the model was trained to)')
+    parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of text')
+    parser.add_argument('--batch-size', type=int, default=32, help='images captioned at once')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='where to compute')
+    return parser.parse_args()
+
+
+def read_images(paths, size):
+    """Load what can be loaded -> paths, tensor (B, 3, size, size) and a line for each other file."""
+    good, images, problems = [], [], []
+    for path in paths:
+        try:
+            images.append(load_image(path, size))
+            good.append(path)
+        except UserError as error:
+            problems.append(str(error))
+    return good, torch.from_numpy(np.stack(images)) if images else None, problems
+
+
+def main():
+    """Caption all images in batches, print as they come, and draw."""
+    args = parse_arguments()
+    checkpoint = args.checkpoint or newest_checkpoint()
+    captioner, encoder, vocabulary, _ = load_checkpoint(checkpoint, args.device)
+    if args.hard_decode:
+        captioner.config.hard_decode = args.hard_decode
+    if not 1 <= args.beam <= len(vocabulary):
+        raise UserError(f'--beam {args.beam}: it must be from 1 to the {len(vocabulary)} words of '
+                        'the vocabulary')
+    print(f'model: {checkpoint}', file=sys.stderr)
+    paths, results, problems = image_paths(args.images), [], []
+    for i in range(0, len(paths), args.batch_size):
+        batch, images, broken = read_images(paths[i:i + args.batch_size], encoder.image_size)
+        problems += broken
+        if not batch:
+            continue
+        with torch.inference_mode():
+            a = encoder(images.to(args.device))
+            found = captioner.beam_search(a, args.beam, args.max_len, args.length_penalty)
+        for path, hypotheses in zip(batch, found):
+            captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)), 'log_prob': h.log_prob}
+                        for h in hypotheses[:args.top]]
+            best = hypotheses[0]
+            picture = Path(args.out or path.parent) / f'{path.stem}.attention.png'
+            try:
+                draw_attention(open_image(path), vocabulary.decode(best.tokens), best.alphas,
+                               best.betas, encoder.grid).save(picture)
+            except OSError as error:
+                raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for '
+                                'the pictures with --out') from None
+            results.append({'image': str(path), 'captions': captions, 'picture': str(picture)})
+            for c in [] if args.json else captions:
+                print(f"{path}: {c['caption']}" + f"  ({c['log_prob']:.2f})" * (args.top > 1))
+    if args.json:
+        print(json.dumps(results, indent=1, ensure_ascii=False))
+    if problems:
+        raise UserError('\nerror: '.join(problems))
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,1051 @@
+"""Tests: each compares the code with something that is not the code.
+
+    python -m pytest -q test_model.py
+
+Comparisons are with torch's own cells, NLTK, coco-caption's output, sums over all possibilities,
+and test_golden.npz: numbers from the authors' own Theano program (float32; theirs are row vectors,
+gates in the order i, f, o, g, word 0 is <eos>, and the first word's vector is zero).
+"""
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from functools import partial
+from hashlib import md5, sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import data
+from attention import (BahdanauAttention, DotAttention, doubly_stochastic, entropy, hard_context,
+                       reinforce_loss, soft_context)
+from bleu_meteor import bleu, human_score, meteor, tokenize
+from data import END, PAD, START, UNK, UserError, Vocabulary
+from model import (Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, load_checkpoint,
+                   save_checkpoint)
+from sample import attention_map, draw_attention
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / 'shared'
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f'needs the folder {SHARED}')
+
+
+def tiny_captioner(V=9, D=5, seed=0, scale=3.0, **config):
+    """A small captioner in evaluation mode whose random weights are large enough to matter."""
+    torch.manual_seed(seed)
+    sizes = dict(embed_dim=6, hidden_dim=7, attn_dim=4, dropout=0.5) | config
+    captioner = Captioner(CaptionerConfig(V, D, **sizes)).eval()
+    with torch.no_grad():
+        for weight in captioner.parameters():
+            weight.mul_(scale)
+    return captioner
+
+
+# ------------------------------------------------------------------------- cells and attention
+@pytest.mark.parametrize('ours, theirs, order', [
+    (LSTMCell, nn.LSTMCell, (0, 1, 3, 2)),  # torch orders the gates i, f, g, o
+    (RNNCell, nn.RNNCell, (0,))])
+def test_cells_equal_torch_in_outputs_and_gradients(ours, theirs, order):
+    torch.manual_seed(0)
+    X, H = 5, 7
+    cell, reference = ours(X, H).double(), theirs(X, H).double()
+
+    def reorder(weight):  # our gate order -> torch's
+        return torch.cat([weight.chunk(len(order))[i] for i in order])
+    with torch.no_grad():
+        reference.weight_ih.copy_(reorder(cell.W.weight))
+        reference.bias_ih.copy_(reorder(cell.W.bias))
+        reference.weight_hh.copy_(reorder(cell.U.weight))
+        reference.bias_hh.zero_()
+    x, h, c = torch.randn(3, X).double(), torch.randn(3, H).double(), torch.randn(3, H).double()
+    state = cell(x, cell(x, (h, c)))
+    if ours is LSTMCell:
+        expected = reference(x, reference(x, (h, c)))
+    else:
+        expected = (reference(x, reference(x, h)), c)
+    torch.testing.assert_close(tuple(state), tuple(expected))
+    (state[0].sin().sum() + state[1].sum()).backward()
+    (expected[0].sin().sum() + expected[1].sum()).backward()
+    torch.testing.assert_close(reorder(cell.W.weight.grad), reference.weight_ih.grad)
+    torch.testing.assert_close(reorder(cell.W.bias.grad), reference.bias_ih.grad)
+    torch.testing.assert_close(reorder(cell.U.weight.grad), reference.weight_hh.grad)
+
+
+def test_additive_attention_is_bahdanaus_formula():
+    torch.manual_seed(0)
+    attention, a, h = BahdanauAttention(5, 7, 4), torch.randn(2, 3, 5), torch.randn(2, 7)
+    alpha = attention(attention.project(a), h)
+    for b in range(2):
+        e = [float(attention.v.weight[0] @ torch.tanh(attention.W_a.weight @ a[b, i] + attention.W_a.bias
+                                                + attention.W_h.weight @ h[b])) for i in range(3)]
+        total = sum(math.exp(x) for x in e)
+        for i in range(3):
+            assert float(alpha[b, i]) == pytest.approx(math.exp(e[i]) / total, abs=1e-6)
+
+
+def test_dot_attention_equals_torchs_scaled_dot_product():
+    torch.manual_seed(0)
+    attention, a, h = DotAttention(5, 7, 4), torch.randn(2, 3, 5), torch.randn(2, 7)
+    z = soft_context(attention(attention.project(a), h), a)
+    expected = F.scaled_dot_product_attention(attention.W_h(h).unsqueeze(1), attention.W_a(a), a)
+    torch.testing.assert_close(z, expected.squeeze(1))
+
+
+def test_doubly_stochastic_and_entropy_by_loops():
+    alphas = torch.softmax(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), dim=2)
+    for n in range(2):
+        penalty = sum((1 - sum(float(alphas[n, t, i]) for t in range(4))) ** 2 for i in range(3))
+        nats = -sum(float(x) * math.log(x) for x in alphas[n].flatten())
+        assert float(doubly_stochastic(alphas)[n]) == pytest.approx(penalty, rel=1e-5)
+        assert float(entropy(alphas)[n]) == pytest.approx(nats, rel=1e-5)
+    certain = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    entropy(certain).sum().backward()
+    assert torch.isfinite(certain.grad).all()
+
+
+def test_hard_context_samples_from_alpha():
+    torch.manual_seed(0)
+    alpha = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    a = torch.eye(4).expand(20000, 4, 4)
+    z, log_p_s = hard_context(alpha.expand(20000, 4), a)
+    assert torch.equal(z.sum(1), torch.ones(20000))  # each z is one of the vectors, unmixed
+    assert (z.mean(0) - alpha).abs().max() < 0.015  # four standard deviations
+    torch.testing.assert_close(log_p_s, (z @ alpha).log())
+    mixed, log_p_s = hard_context(alpha.expand(2, 4), a[:2], torch.tensor([1, 1]),
+                                  torch.tensor([True, False]))
+    torch.testing.assert_close(mixed, torch.stack([alpha, torch.eye(4)[1]]))
+    torch.testing.assert_close(log_p_s, torch.tensor([0, math.log(0.3)]))
+
+
+def test_show_and_tell_equals_torchs_lstm_fed_the_image_first():
+    captioner = tiny_captioner(attn='none')
+    a, captions = torch.randn(2, 3, 5), torch.tensor([[START, 5, 4, END], [START, 7, 8, END]])
+    lstm = nn.LSTM(6, 7, batch_first=True)
+    order = [0, 1, 3, 2]
+    with torch.no_grad():
+        for mine, theirs in ((captioner.cell.W.weight, lstm.weight_ih_l0),
+                             (captioner.cell.U.weight, lstm.weight_hh_l0),
+                             (captioner.cell.W.bias, lstm.bias_ih_l0)):
+            theirs.copy_(torch.cat([mine.chunk(4)[i] for i in order]))
+        lstm.bias_hh_l0.zero_()
+    words = captioner.E(captions[:, :-1])
+    h, _ = lstm(torch.cat([captioner.W_I(a.mean(1)).unsqueeze(1), words], dim=1))
+    expected = captioner.L_o(torch.tanh(words + captioner.L_h(h[:, 1:])))
+    out = captioner(a, captions)
+    torch.testing.assert_close(out.logits, expected)
+    assert out.alphas is None and out.betas is None
+
+
+# ------------------------------------------------------- the authors' own program (golden arrays)
+@pytest.fixture(scope='module')
+def golden():
+    with np.load(HERE / 'test_golden.npz') as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def theirs_to_ours(words):
+    """Their word ids -> ours: <eos> 0 -> <end>, the others moved up behind the special words."""
+    return torch.where(words == 0, END, words.long() + 3)
+
+
+def transpose(weight):
+    return weight.T if weight.dim() == 2 else weight
+
+
+PAIRS = {'cell.W.weight': 'decoder_W', 'cell.W.bias': 'decoder_b', 'cell.U.weight': 'decoder_U',
+         'W_z.weight': 'decoder_Wc', 'attention.W_a.weight': 'decoder_Wc_att',
+         'attention.W_a.bias': 'decoder_b_att', 'attention.W_h.weight': 'decoder_Wd_att',
+         'attention.v.weight': 'decoder_U_att', 'f_beta.weight': 'decoder_W_sel',
+         'f_beta.bias': 'decoder_b_sel', 'f_init_h.weight': 'ff_state_W',
+         'f_init_h.bias': 'ff_state_b', 'f_init_c.weight': 'ff_memory_W',
+         'f_init_c.bias': 'ff_memory_b', 'L_h.weight': 'ff_logit_lstm_W',
+         'L_h.bias': 'ff_logit_lstm_b', 'L_z.weight': 'ff_logit_ctx_W'}
+
+
+def authors_captioner(golden, attn='soft', eos=0.0):
+    """Our captioner with the authors' parameters; `eos` is added to the bias of the end word."""
+    g = {key[6:]: value for key, value in golden.items() if key.startswith('param/')}
+    captioner = Captioner(CaptionerConfig(53, 24, attn, embed_dim=16, hidden_dim=32, attn_dim=24,
+                                          dropout=0.0))
+    rows = theirs_to_ours(torch.arange(50))
+    with torch.no_grad():
+        for ours, theirs in PAIRS.items():
+            weight = captioner.get_parameter(ours)
+            weight.copy_(transpose(g[theirs]).reshape(weight.shape))
+        captioner.L_h.bias.add_(g['ff_logit_ctx_b'])
+        captioner.E.weight.zero_()  # so <start> is a vector of zeros
+        captioner.E.weight[rows] = g['Wemb']
+        captioner.L_o.weight.zero_()
+        captioner.L_o.weight[rows] = g['ff_logit_W'].T
+        captioner.L_o.bias.fill_(-1e9)  # our special words do not exist in their program
+        captioner.L_o.bias[rows] = g['ff_logit_b']
+        captioner.L_o.bias[END] += eos
+    return captioner
+
+
+def authors_batch(captioner, golden, call=None):
+    """Run their batch caption by caption -> costs (4,), alphas (4, 7, L), log p(s) (4,), outputs.
+
+    Their batch is padded to 7 steps, and attention goes on in the padding from the last state. A
+    further word at the end of our captions gives us just that attention.
+    """
+    costs, alphas, log_p_s, outs = [], [], [], []
+    for n, T in enumerate((golden['in/lengths'] + 1).tolist()):
+        words = theirs_to_ours(golden['in/x'][:T, n])
+        captions = torch.cat([torch.tensor([START]), words, torch.tensor([END])]).unsqueeze(0)
+        choice = ()
+        if call:
+            coin = golden[f'{call}/h_sampling_mask_per_t'] == 0  # their steps of expectation
+            s = golden[f'{call}/out/alpha_sample'][:, n].argmax(1)  # (7,)
+            ahead = min(T + 1, 7)
+            choice = (F.pad(s[:ahead], (0, T + 1 - ahead)).unsqueeze(0),
+                      F.pad(coin[:ahead], (0, T + 1 - ahead), value=True).unsqueeze(0))
+        out = captioner(golden['in/ctx'][n:n + 1], captions, *choice)
+        p = out.logits[0, :T].softmax(dim=1)[torch.arange(T), words]
+        costs.append(-(p + 1e-8).log().sum())  # their program adds 1e-8
+        alphas.append(torch.cat([out.alphas[0, :T], out.alphas[0, -1:].expand(7 - T, -1)]))
+        if call:
+            chosen = alphas[-1][torch.arange(7), s].log().masked_fill(coin, 0)
+            torch.testing.assert_close(out.log_p_s[0, :T], chosen[:T])
+            log_p_s.append(chosen.sum())
+        outs.append(out)
+    return (torch.stack(costs), torch.stack(alphas),
+            torch.stack(log_p_s) if call else None, outs)
+
+
+def assert_gradients(captioner, golden, prefix):
+    rows = theirs_to_ours(torch.arange(50))
+    for ours, theirs in PAIRS.items():
+        grad, expected = captioner.get_parameter(ours).grad, golden[f'{prefix}/grad/{theirs}']
+        expected = transpose(expected).reshape(grad.shape)
+        assert (grad - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), ours
+    for grad, theirs in ((captioner.E.weight.grad[rows], 'Wemb'),
+                         (captioner.L_o.weight.grad[rows], 'ff_logit_W'),
+                         (captioner.L_o.bias.grad[rows], 'ff_logit_b')):
+        expected = golden[f'{prefix}/grad/{theirs}']
+        expected = transpose(expected) if theirs == 'ff_logit_W' else expected
+        assert (grad - expected).abs().max() <= 1e-5 * max(1, expected.abs().max()), theirs
+
+
+def test_soft_attention_equals_the_authors_program(golden):
+    captioner = authors_captioner(golden)
+    costs, alphas, _, outs = authors_batch(captioner, golden)
+    torch.testing.assert_close(costs, golden['soft/cost'], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alphas, golden['soft/alphas'].transpose(0, 1), atol=1e-5, rtol=0)
+    for n, out in enumerate(outs):
+        T = out.betas.shape[1] - 1
+        torch.testing.assert_close(out.betas[0, :T], golden['soft/selector'][:T, n], atol=1e-5,
+                                   rtol=0)
+    # Their term is N / L times the mean over captions of ours.
+    loss = (costs + 4 / 9 * doubly_stochastic(alphas)).mean()
+    torch.testing.assert_close(loss, golden['soft/total_loss'], atol=1e-5, rtol=1e-5)
+    loss.backward()
+    assert_gradients(captioner, golden, 'soft')
+
+
+@pytest.mark.parametrize('call', ['call0', 'call1', 'call2'])
+def test_hard_attention_equals_the_authors_program_given_their_samples(golden, call):
+    captioner = authors_captioner(golden, 'hard')
+    costs, alphas, log_p_s, _ = authors_batch(captioner, golden, call)
+    torch.testing.assert_close(costs, golden[f'{call}/out/cost'], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alphas, golden[f'{call}/out/alphas'].transpose(0, 1), atol=1e-5,
+                               rtol=0)
+    if call == 'call0':
+        return  # the golden file has the gradients of the other two
+    # Theirs sums REINFORCE over the N = 4 captions and averages the rest, with the cost per step.
+    N, T = 4, 7
+    loss = reinforce_loss(-costs, log_p_s, alphas, -T * golden[f'{call}/baseline_before'],
+                          lambda_r=N / (10 * T), lambda_h=0.002 * N).mean()
+    loss.backward()
+    assert_gradients(captioner, golden, call)
+
+
+def test_beam_search_finds_the_authors_best_captions(golden):
+    compared = 0
+    for key in golden:
+        if not (key.startswith('gen') and key.endswith('samples')):
+            continue
+        group, K = key.split('/')[:-2], int(key.split('/')[-2][1:])
+        eos = float(group[0][7:] or 0) if group[0].startswith('gen_eos') else 0.0
+        max_len = int(group[1][6:]) if len(group) > 1 else 30
+        captioner = authors_captioner(golden, eos=eos).eval()
+        found = captioner.beam_search(golden['gen/ctx'], K, max_len)
+        stem = key[:-len('samples')]
+        for n in range(8):
+            scores = golden[stem + 'scores'][n]
+            best = int(scores.argmin())
+            words = golden[key][n, best, :golden[stem + 'lengths'][n, best]]
+            ours = max(found[n], key=lambda h: h.log_prob)
+            assert ours.tokens == theirs_to_ours(words).tolist()
+            assert -ours.log_prob == pytest.approx(float(scores[best]), rel=1e-5, abs=1e-5)
+            assert len(found[n]) == K
+            compared += 1
+    assert compared == 33 * 8
+
+
+# --------------------------------------------------------------- hard attention by enumeration
+def test_reinforce_is_unbiased_and_the_bound_holds():
+    """All location sequences of L = 3, T = 2: E[estimator] = exact gradient of L_s."""
+    captioner = tiny_captioner(V=7, D=4, attn='hard', scale=2.0, dropout=0.0).double()
+    a = torch.randn(1, 3, 4, dtype=torch.double)
+    captions = torch.tensor([[START, 5, END]])
+    weights = [p for p in captioner.parameters()]
+
+    def run(s):
+        out = captioner(a, captions, s=torch.tensor([s]))
+        log_p_y = out.logits.log_softmax(2)[0, torch.arange(2), captions[0, 1:]].sum()
+        return log_p_y.view(1), out.log_p_s.sum(1), out.alphas
+
+    def flat_gradient(loss):
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten()
+                          for w, g in zip(weights, grads)])
+
+    sequences = list(itertools.product(range(3), repeat=2))
+    bound, likelihood, total = 0.0, 0.0, 0.0
+    for s in sequences:
+        log_p_y, log_p_s, _ = run(s)
+        bound = bound + log_p_s.exp() * log_p_y
+        likelihood += float((log_p_s + log_p_y).exp())
+        total += float(log_p_s.exp())
+    assert total == pytest.approx(1, abs=1e-12)
+    assert float(bound) <= math.log(likelihood)  # eq. (10): L_s <= log p(y | a)
+    exact = flat_gradient(bound)
+
+    spread = {}
+    for baseline in (0.0, float(bound)):
+        mean = square = 0.0
+        for s in sequences:
+            log_p_y, log_p_s, alphas = run(s)
+            p = float(log_p_s.exp())
+            estimate = -flat_gradient(reinforce_loss(log_p_y, log_p_s, alphas, baseline, 1.0))
+            mean, square = mean + p * estimate, square + p * estimate.square()
+        torch.testing.assert_close(mean, exact, atol=1e-9, rtol=1e-6)
+        spread[baseline] = float((square - mean.square()).sum())
+    assert abs(spread[0.0] - spread[float(bound)]) > 0.01 * spread[0.0]  # the variance changes
+
+
+# ------------------------------------------------------------------------------ beam search
+@pytest.mark.parametrize('attn, score, cell', [
+    ('soft', 'additive', 'lstm'), ('soft', 'dot', 'lstm'), ('hard', 'additive', 'lstm'),
+    ('none', 'additive', 'lstm'), ('soft', 'additive', 'rnn'), ('none', 'additive', 'rnn')])
+def test_beam_search_against_teacher_forcing(attn, score, cell):
+    """Beam 1 is greedy; a hypothesis' score is what teacher forcing gives its words."""
+    captioner, a = tiny_captioner(attn=attn, score=score, cell=cell), torch.randn(6, 3, 5)
+    banned = [PAD, START, UNK]
+    greedy = torch.full((6, 1), START)
+    for _ in range(8):  # from scratch for every word
+        logits = captioner(a, F.pad(greedy, (0, 1))).logits[:, -1]
+        logits[:, banned] = -math.inf
+        greedy = torch.cat([greedy, logits.argmax(1, keepdim=True)], dim=1)
+    for n, (hypothesis,) in enumerate(captioner.beam_search(a, 1, max_len=8)):
+        words = greedy[n, 1:].tolist()
+        assert hypothesis.tokens == (words[:words.index(END) + 1] if END in words else words)
+    for n, hypotheses in enumerate(captioner.beam_search(a, 3, max_len=8)):
+        for h in hypotheses:
+            captions = torch.tensor([[START] + h.tokens])
+            out = captioner(a[n:n + 1], captions)
+            log_p = out.logits.log_softmax(2)[0, torch.arange(len(h.tokens)), captions[0, 1:]]
+            assert h.log_prob == pytest.approx(float(log_p.sum()), abs=1e-4)
+            if attn != 'none':
+                np.testing.assert_allclose(h.alphas, out.alphas[0].detach(), atol=1e-5)
+                np.testing.assert_allclose(h.betas, out.betas[0].detach(), atol=1e-5)
+
+
+def test_a_batch_gives_the_captions_of_its_images_one_by_one():
+    captioner, a = tiny_captioner(V=30), torch.randn(12, 3, 5)
+    for n, hypotheses in enumerate(captioner.beam_search(a, 4, max_len=12)):
+        alone = captioner.beam_search(a[n:n + 1], 4, max_len=12)[0]
+        assert [h.tokens for h in hypotheses] == [h.tokens for h in alone]
+        assert [h.log_prob for h in hypotheses] == pytest.approx([h.log_prob for h in alone])
+
+
+def test_wide_beam_equals_exhaustive_search():
+    captioner, a = tiny_captioner(V=7, scale=2.0), torch.randn(3, 3, 5)
+    words = [4, 5, 6]
+    sentences = [[*middle, END] for n in range(3) for middle in itertools.product(words, repeat=n)]
+    found = captioner.beam_search(a, 60, max_len=3)
+    for n in range(3):
+        scores = {}
+        for sentence in sentences:
+            out = captioner(a[n:n + 1], torch.tensor([[START] + sentence]))
+            log_p = out.logits.log_softmax(2)[0, torch.arange(len(sentence)), sentence]
+            scores[tuple(sentence)] = float(log_p.sum())
+        ended = [h for h in found[n] if h.tokens[-1] == END]
+        assert [tuple(h.tokens) for h in ended] == sorted(scores, key=scores.get, reverse=True)
+        assert [h.log_prob for h in ended] == pytest.approx(sorted(scores.values(), reverse=True),
+                                                            abs=1e-5)
+
+
+def test_beam_search_returns_captions_that_never_end_and_orders_by_length_penalty():
+    captioner, a = tiny_captioner(V=20), torch.randn(4, 3, 5)
+    with torch.no_grad():
+        captioner.L_o.bias[END] = -1e4
+    for hypotheses in captioner.beam_search(a, 3, max_len=5):
+        assert [len(h.tokens) for h in hypotheses] == [5, 5, 5]
+        assert all(END not in h.tokens for h in hypotheses)
+    with torch.no_grad():
+        captioner.L_o.bias[END] = 2.0
+    for hypotheses in captioner.beam_search(a, 5, max_len=20, length_penalty=1.0):
+        ended = [h.log_prob / len(h.tokens) for h in hypotheses if h.tokens[-1] == END]
+        assert ended == sorted(ended, reverse=True) and len(ended) > 1
+
+
+# ------------------------------------------------------------------------------------ scores
+# coco-caption's own output (pycocoevalcap 1.2: PTBTokenizer, Bleu(4)) for these sentences.
+CAPTIONS = [
+    ("A man's dog isn't here, can't you see?", "a man 's dog is n't here ca n't you see"),
+    ("It's 3:30 p.m. in the U.S. and she'll go", "it 's 3:30 p.m. in the u.s. and she 'll go"),
+    ("A dog & a cat's 50% off $5.00 @ home", "a dog & a cat 's 50 % off $ 5.00 @ home"),
+    ("we're they've I'm I'd gonna wanna cannot",
+     "we 're they 've i 'm i 'd gon na wan na can not"),
+    ('Two T-shirts -- one "red"; one blue... wet .', 'two t-shirts one red one blue wet'),
+    ('A dog runs. It is red. A cat sits', 'a dog runs it is red a cat sits'),
+    ('a black-and-white dog wearing the number # 28', 'a black-and-white dog wearing the number # 28'),
+    ("The dogs' bowls; the girl\u2019s caf\u00e9 na\u00efve \u2014 dash \u2013 en",
+     "the dogs bowls the girl 's caf\u00e9 na\u00efve dash en")]
+
+
+@pytest.mark.parametrize('caption, words', CAPTIONS)
+def test_tokenize_equals_coco_captions_tokenizer(caption, words):
+    assert ' '.join(tokenize(caption)) == words
+
+
+def test_tokenize_keeps_punctuation_when_asked():
+    assert tokenize('A dog , running .', punctuation=True) == ['a', 'dog', ',', 'running', '.']
+
+
+def random_corpus(seed=0, images=40):
+    rng = np.random.default_rng(seed)
+    words = list('abcdefg')
+    references = [[list(rng.choice(words, rng.integers(3, 12))) for _ in range(rng.integers(1, 6))]
+                  for _ in range(images)]
+    return references, [list(rng.choice(words, rng.integers(4, 14))) for _ in range(images)]
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_bleu_equals_nltks_corpus_bleu(seed):
+    from nltk.translate.bleu_score import corpus_bleu
+    references, hypotheses = random_corpus(seed)
+    for n, value in enumerate(bleu(references, hypotheses), start=1):
+        assert value == pytest.approx(100 * corpus_bleu(references, hypotheses, [1 / n] * n),
+                                      abs=1e-5)
+
+
+REFERENCES = [
+    ['a dog runs on the green grass', 'the brown dog is running', 'a dog on grass'],
+    ['two children play in the water', 'kids splash in a pool of water',
+     'two kids playing in the water near a beach'],
+    ['a man rides a bicycle down the street', 'a man on a bike',
+     'the man is riding his bike down a busy street'],
+    ['a small red circle left of a large blue star', 'a tiny red disc to the left of a star',
+     'a red circle and a blue star'],
+    ['a woman in a red coat walks her dog', 'a lady walks a dog in the snow',
+     'the woman is walking']]
+RESULTS = ['a brown dog is running on the grass', 'two kids playing in the the water',
+           'a man is riding a bike', 'a small red disc left of a big blue star on a plain background',
+           'a woman']
+
+
+def test_bleu_equals_coco_caption():
+    """The numbers are what pycocoevalcap 1.2's Bleu(4) gives for these sentences."""
+    found = bleu([[r.split() for r in refs] for refs in REFERENCES], [h.split() for h in RESULTS])
+    assert found == pytest.approx([83.78378378151936, 72.3635715410822, 53.73477111196163,
+                                   37.71724016404608], abs=1e-6)
+
+
+def test_bleu_does_not_depend_on_the_order_of_images():
+    references, hypotheses = random_corpus()
+    assert bleu(references, hypotheses) == bleu(references[::-1], hypotheses[::-1])
+
+
+@needs_shared
+def test_meteor_has_the_parameters_of_meteor_1_5(monkeypatch):
+    """One exact match of two, in one chunk of one: F = P R / (.85 P + .15 R), penalty .6."""
+    import nltk
+    monkeypatch.setattr(nltk.data, 'path', [str(SHARED / 'nltk_data')])
+    P, R = 1 / 2, 1 / 4
+    F_mean = P * R / (0.85 * P + 0.15 * R)
+    expected = 100 * F_mean * (1 - 0.6 * (1 / 1) ** 0.2)
+    references, hypotheses = [[['dog', 'q1', 'q2', 'q3']]], [['dog', 'p1']]
+    assert meteor(references, hypotheses) == pytest.approx(expected)
+    references = [[['nothing'], ['the', 'boys']], [['car']]]  # the best reference, stems, synonyms
+    assert meteor(references, [['the', 'boy'], ['automobile']]) == pytest.approx(
+        100 * (1 - 0.6 * 0.5 ** 0.2 + 1 - 0.6) / 2)
+
+
+def test_human_score_leaves_each_caption_out_once(monkeypatch):
+    monkeypatch.setattr('bleu_meteor.meteor', lambda *_: None)
+    refs = [[['a', 'b', 'c', 'd'], ['a', 'b', 'c', 'd'], ['x', 'y', 'z', 'w']]]
+    found = human_score(refs)
+    assert found[:4] == pytest.approx([200 / 3] * 4, abs=1e-4) and found[4] is None
+    assert human_score([[['a']]]) is None
+
+
+def test_bleu_without_brevity_penalty_and_with_nothing_in_common():
+    references, hypotheses = [[list('abcdefgh')]], [list('abcd')]
+    assert bleu(references, hypotheses, brevity_penalty=False) == pytest.approx([100] * 4)
+    assert bleu(references, hypotheses) == pytest.approx([100 * math.exp(1 - 8 / 4)] * 4)
+    assert bleu([[['x']]], [['y']])[0] == pytest.approx(0, abs=1e-6)
+    assert bleu([[['x']]], [[]])[3] == pytest.approx(0, abs=1e-6)  # an empty caption is no error
+    with pytest.raises(ValueError, match='one caption for each image'):
+        bleu([[['x']]], [])
+
+
+# ------------------------------------------------------------------------------------ shapes
+def test_shapes_are_drawn_as_said_and_come_from_the_seed():
+    examples = data.make_shapes(60, 'test')
+    for one, other in zip(examples, data.make_shapes(60, 'test')):
+        assert one.captions == other.captions and (one.image == other.image).all()
+    assert any((one.image != other.image).any()
+               for one, other in zip(examples, data.make_shapes(60, 'other')))
+    for example in examples:
+        assert 1 <= len(example.objects) <= 3 and len(set(example.captions)) == 5
+        for o in example.objects:
+            left, top, right, bottom = o.box
+            x, y = int(32 * (left + right)), int(32 * (top + bottom))
+            assert np.abs(example.image[y, x] - np.array(data.COLOURS[o.colour])).max() <= 2
+            assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+    assert len({o.shape for x in examples for o in x.objects}) >= 5
+    assert len({o.colour for x in examples for o in x.objects}) == 8
+
+
+def test_shapes_captions_tell_the_truth():
+    """Parse the relations back and check them against the boxes."""
+    def middle(o):
+        return (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
+    checked = 0
+    for example in data.make_shapes(200, 'val'):
+        named = {(o.colour, o.shape): o for o in example.objects}
+        for caption in example.captions:
+            words = caption.split()
+            things = [named[words[t - 1], data.NOUNS[w]] for t, w in enumerate(words)
+                      if w in data.NOUNS]  # a KeyError is a caption that names what is not there
+            assert 'picture' in words or len(things) == len(example.objects)
+            if len(things) < 2:
+                continue
+            (x1, y1), (x2, y2) = middle(things[0]), middle(things[1])
+            between = caption[caption.index(things[0].colour):caption.index(things[1].colour)]
+            for word, true in (('left of', x1 < x2), ('right of', x1 > x2), ('above', y1 < y2),
+                               ('over', y1 < y2), ('below', y1 > y2), ('under', y1 > y2)):
+                if f' {word}' in between:
+                    assert true, caption
+                    checked += 1
+    assert checked > 300
+
+
+def test_unseen_pairs_are_only_in_the_unseen_split():
+    for seed in ('train', 'val', 'test'):
+        assert not any((o.shape, o.colour) in data.UNSEEN_PAIRS
+                       for x in data.make_shapes(150, seed) for o in x.objects)
+    for example in data.make_shapes(50, 'unseen', unseen=True):
+        assert sum((o.shape, o.colour) in data.UNSEEN_PAIRS for o in example.objects) == 1
+
+
+def test_pointing_counts_the_cell_in_the_named_object():
+    objects = (data.Object('circle', 'red', 'small', (0.0, 0.0, 0.25, 0.25)),
+               data.Object('star', 'blue', 'large', (0.5, 0.5, 1.0, 1.0)))
+    def look(*cells):
+        return np.eye(16)[list(cells)]  # a grid of 4 x 4
+    words = 'a red disc above a blue star'.split()
+    assert data.pointing(words, look(9, 9, 0, 9, 9, 9, 15), objects, (4, 4)) == (2, 2)
+    assert data.pointing(words, look(9, 9, 1, 9, 9, 9, 0), objects, (4, 4)) == (0, 2)
+    # A noun for something that is not there is a miss wherever attention lies.
+    assert data.pointing('a green star'.split(), look(15, 15, 15), objects, (4, 4)) == (0, 1)
+    assert data.pointing('a cat'.split(), look(0, 0), objects, (4, 4)) == (0, 0)
+
+
+# -------------------------------------------------------------------------- data sets on disk
+SPLITS = {'train': ['a.jpg', 'b.jpg', 'c.jpg'], 'val': ['d.jpg'], 'test': ['e.jpg']}
+SENTENCES = {name: [f'A {name[0]} dog , number {i} .' for i in range(5)]
+             for names in SPLITS.values() for name in names}
+
+
+def make_pictures(folder, names=SENTENCES):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(data.make_shapes(i + 1, 'pictures')[i].image).save(folder / name)
+        (folder / f'._{name}').write_bytes(b'not a picture')
+
+
+def write_layout(folder, layout):
+    """The same five images and their captions in one of the published layouts."""
+    if layout == 'official':
+        make_pictures(folder / 'Flicker8k_Dataset')
+        lines = [f'{n}#{i}\t{c}' for n in SENTENCES for i, c in enumerate(SENTENCES[n])]
+        lines.append(f'{data.NO_SUCH_IMAGE}#0\tA dog .')
+        (folder / 'Flickr8k.token.txt').write_text('\n'.join(lines) + '\n')
+        for split, official in (('train', 'train'), ('val', 'dev'), ('test', 'test')):
+            (folder / f'Flickr_8k.{official}Images.txt').write_text('\n'.join(SPLITS[split]))
+    elif layout == 'kaggle8k':
+        make_pictures(folder / 'Images')
+        rows = [f'{n},"{c}"' for n in SENTENCES for c in SENTENCES[n]]
+        (folder / 'captions.txt').write_text('image,caption\n' + '\n'.join(rows) + '\n')
+    elif layout == 'token30k':
+        make_pictures(folder / 'flickr30k-images')
+        lines = [f'{n}#{i}\t{c}' for n in SENTENCES for i, c in enumerate(SENTENCES[n])]
+        (folder / 'results_20130124.token').write_text('\n'.join(lines))
+    elif layout == 'kaggle30k':
+        make_pictures(folder / 'flickr30k_images' / 'flickr30k_images')
+        rows = [f'{n}| {i}| {c}' for n in SENTENCES for i, c in enumerate(SENTENCES[n])]
+        (folder / 'results.csv').write_text('image_name| comment_number| comment\n'
+                                            + '\n'.join(rows))
+    elif layout.startswith('karpathy'):
+        make_pictures(folder / 'Images')
+        split_of = {n: s for s in SPLITS for n in SPLITS[s]} | {'c.jpg': 'restval'}
+        images = [{'filename': n, 'split': split_of[n], 'sentences': [{'raw': c} for c in cs]}
+                  for n, cs in SENTENCES.items()]
+        (folder / f'dataset_{layout[8:]}.json').write_text(json.dumps({'images': images}))
+
+
+@pytest.mark.parametrize('name, layout', [
+    ('flickr8k', 'official'), ('flickr8k', 'karpathyflickr8k'), ('coco', 'karpathycoco'),
+    ('flickr30k', 'karpathyflickr30k')])
+def test_layouts_with_a_split(tmp_path, name, layout):
+    write_layout(tmp_path / name, layout)
+    splits = data.load_captions(name, tmp_path)
+    assert {s: [x.name for x in splits[s]] for s in splits} == SPLITS
+    for example in (x for split in splits.values() for x in split):
+        assert example.captions == SENTENCES[example.name]
+        assert Path(example.image).name == example.name and Path(example.image).is_file()
+
+
+@pytest.mark.parametrize('name, layout', [
+    ('flickr8k', 'kaggle8k'), ('flickr30k', 'token30k'), ('flickr30k', 'kaggle30k')])
+def test_layouts_without_a_split_get_the_same_one_every_time(tmp_path, capsys, monkeypatch, name,
+                                                             layout):
+    write_layout(tmp_path / name, layout)
+    splits = data.load_captions(name, tmp_path)
+    assert 'drawn from a seed' in capsys.readouterr().out
+    found = {x.name: x.captions for split in splits.values() for x in split}
+    assert found == SENTENCES and sum(len(x) for x in splits.values()) == len(SENTENCES)
+    assert splits == data.load_captions(name, tmp_path)
+
+
+def test_coco_annotations(tmp_path):
+    folder = tmp_path / 'coco'
+    make_pictures(folder / 'train2014', SPLITS['train'])
+    make_pictures(folder / 'val2014', ['d.jpg', 'e.jpg'])
+    (folder / 'annotations').mkdir()
+    for part, names in (('train2014', SPLITS['train']), ('val2014', ['d.jpg', 'e.jpg'])):
+        content = {'images': [{'id': ord(n[0]), 'file_name': n} for n in names],
+                   'annotations': [{'image_id': ord(n[0]), 'caption': c}
+                                   for n in names for c in SENTENCES[n]]}
+        (folder / 'annotations' / f'captions_{part}.json').write_text(json.dumps(content))
+    splits = data.load_captions('coco', tmp_path)
+    assert [x.name for x in splits['train']] == SPLITS['train']
+    assert [x.name for x in splits['val']] == ['d.jpg', 'e.jpg']
+    assert splits['train'][0].captions == SENTENCES['a.jpg']
+
+
+@needs_shared
+def test_the_real_flickr8k():
+    splits = data.load_captions('flickr8k', SHARED / 'data')
+    assert [len(splits[s]) for s in ('train', 'val', 'test')] == [6000, 500, 500]
+    assert all(len(x.captions) == 5 for split in splits.values() for x in split)
+    assert {x.name for x in splits['train']}.isdisjoint(x.name for x in splits['test'])
+
+
+# ----------------------------------------------------------------------------------- downloads
+@pytest.fixture()
+def server(tmp_path):
+    """A web server on this machine with a zip archive; yields its address and the archive."""
+    site = tmp_path / 'site'
+    site.mkdir()
+    write_layout(tmp_path / 'source', 'official')
+    with zipfile.ZipFile(site / 'flickr.zip', 'w') as archive:
+        for path in sorted((tmp_path / 'source').rglob('*')):
+            archive.write(path, path.relative_to(tmp_path / 'source'))
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{http.server_port}', site / 'flickr.zip'
+        http.shutdown()
+
+
+@pytest.mark.parametrize('kind, digest', [('md5', md5), ('sha256', sha256)])
+def test_a_missing_data_set_is_downloaded(tmp_path, monkeypatch, server, kind, digest):
+    address, archive = server
+    source = (f'{address}/flickr.zip', kind, digest(archive.read_bytes()).hexdigest())
+    monkeypatch.setitem(data.DOWNLOADS, 'flickr8k', {'images': [source], 'captions': []})
+    splits = data.load_captions('flickr8k', tmp_path / 'new')
+    assert {s: [x.name for x in splits[s]] for s in splits} == SPLITS
+    left = {p.name for p in (tmp_path / 'new' / 'flickr8k').iterdir()}
+    assert not any(name.endswith(('.part', '.zip')) for name in left)
+    monkeypatch.setitem(data.DOWNLOADS, 'flickr8k', {'images': [('http://127.0.0.1:9', 'md5', '')],
+                                                     'captions': []})
+    assert data.load_captions('flickr8k', tmp_path / 'new') == splits  # nothing is fetched again
+
+
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch, server):
+    address, _ = server
+    for source, message in (((f'{address}/flickr.zip', 'md5', '0' * 32), 'wrong md5 sum'),
+                            ((f'{address}/flickr.zip', 'sha256', '0' * 64), 'wrong sha256 sum'),
+                            ((f'{address}/nothing.zip', 'md5', '0'), 'cannot download.*404'),
+                            (('http://127.0.0.1:9/x.zip', 'md5', '0'), 'cannot download')):
+        monkeypatch.setitem(data.DOWNLOADS, 'flickr8k', {'images': [source], 'captions': []})
+        with pytest.raises(UserError, match=message):
+            data.load_captions('flickr8k', tmp_path / 'new')
+        assert list((tmp_path / 'new' / 'flickr8k').iterdir()) == []
+    with pytest.raises(UserError, match='form at'):
+        data.load_captions('flickr30k', tmp_path / 'new')
+
+
+# -------------------------------------------------------------- vocabulary, batches, images, cache
+def test_vocabulary():
+    captions = [['a', 'dog'], ['a', 'cat'], ['a', 'dog', 'z']]
+    vocabulary = Vocabulary.build(captions, max_size=3)
+    assert vocabulary.words == ['a', 'dog', 'cat'] and len(vocabulary) == 7
+    assert vocabulary.encode(['a', 'z', 'cat']) == [4, UNK, 6]
+    assert vocabulary.decode([START, 4, UNK, 5, END, PAD]) == ['a', '<unk>', 'dog']
+    assert Vocabulary.build(captions, min_count=2).words == ['a', 'dog']
+
+
+def test_batches_hold_one_length_and_each_caption_once():
+    lengths = np.random.default_rng(0).integers(3, 9, size=500)
+    batches = data.length_batches(lengths, 32, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(len(set(lengths[b])) == 1 and len(b) <= 32 for b in batches)
+    again = data.length_batches(lengths, 32, np.random.default_rng(2))
+    assert [list(b) for b in batches] != [list(b) for b in again]
+
+
+def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
+    rgb = np.zeros((40, 60, 3), np.uint8)
+    rgb[:20, :30] = (200, 100, 50)  # the top left quarter
+    picture = Image.fromarray(rgb)
+    grey = np.asarray(picture.convert('L'))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held at a right angle
+    alpha = picture.convert('RGBA')
+    alpha.putalpha(Image.fromarray(np.where(rgb[:, :, 0] > 0, 255, 0).astype(np.uint8)))
+    cases = {'plain.png': (picture, {}), 'grey.png': (picture.convert('L'), {}),
+             'palette.png': (picture.quantize(4), {}), 'cmyk.tif': (picture.convert('CMYK'), {}),
+             'deep.png': (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+             'alpha.png': (alpha, {}), 'bw.png': (picture.convert('1', dither=0), {}),
+             'turned.jpg': (picture.transpose(Image.Transpose.ROTATE_90),
+                            {'exif': exif, 'quality': 95, 'subsampling': 0})}
+    for name, (image, options) in cases.items():
+        image.save(tmp_path / name, **options)
+        opened = data.open_image(tmp_path / name)
+        assert opened.mode == 'RGB' and opened.size == (60, 40), name
+        inside, outside = (np.asarray(opened)[y, x].astype(int) for y, x in ((10, 10), (30, 50)))
+        want = {'grey.png': [grey[10, 10]] * 3, 'deep.png': [grey[10, 10]] * 3,
+                'bw.png': [255 * (grey[10, 10] > 127)] * 3}.get(name, [200, 100, 50])
+        assert np.abs(inside - want).max() <= 6, (name, inside)
+        assert np.abs(outside - (255 if name == 'alpha.png' else 0)).max() <= 6, (name, outside)
+        assert data.load_image(tmp_path / name, 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'there is no image'), (b'', 'not an image'), (b'hello' * 99, 'not an image'),
+    (b'\x89PNG\r\n\x1a\n' + b'\0' * 50, 'cannot be read|not an image')])
+def test_files_that_are_no_images_are_named(tmp_path, content, message):
+    path = tmp_path / 'photo.jpg'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        data.open_image(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_truncated_jpeg_is_an_error(tmp_path):
+    make_pictures(tmp_path, ['a.jpg'])
+    path = tmp_path / 'a.jpg'
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match='a.jpg cannot be read'):
+        data.open_image(path)
+
+
+def test_feature_cache(tmp_path, capsys):
+    write_layout(tmp_path / 'flickr8k', 'official')
+    examples = data.load_captions('flickr8k', tmp_path)['train']
+    def encode(images):  # three features that are easy to check
+        return images.float().mean(dim=(2, 3)).unsqueeze(1)
+    features = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode)
+    expected = [data.load_image(x.image, 32).mean(axis=(1, 2)) for x in examples]
+    assert features.dtype == np.float16 and isinstance(features, np.memmap)
+    np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3)
+
+    def never(images):
+        raise AssertionError('the cache was not used')
+    again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', never)
+    np.testing.assert_array_equal(features, again)
+    for other in ((examples, 16, 'mean'), (examples[:2], 32, 'mean'), (examples, 32, 'other')):
+        with pytest.raises(AssertionError):  # another size, data set or encoder is another cache
+            data.cache_arrays(other[0], other[1], tmp_path / 'cache', other[2], never)
+    file = Path(features.filename)
+    file.write_bytes(file.read_bytes()[:-2])
+    again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode)
+    np.testing.assert_allclose(again[:, 0], expected, rtol=2e-3)
+    assert 'made again' in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------- encoders and checkpoints
+@pytest.mark.parametrize('name, dim, grid', [
+    ('vgg11', 512, (14, 14)), ('resnet18', 512, (7, 7)), ('densenet121', 1024, (7, 7)),
+    ('efficientnet_b0', 1280, (7, 7)), ('convnext_tiny', 768, (7, 7)),
+    ('regnet_y_400mf', 440, (7, 7)), ('mobilenet_v3_small', 576, (7, 7))])
+def test_torchvision_encoders_are_the_classifier_before_its_pooling(name, dim, grid):
+    import torchvision
+    torch.manual_seed(0)
+    encoder = Encoder(name, 224, pretrained=False)
+    assert (encoder.feature_dim, encoder.grid) == (dim, grid)
+    torch.manual_seed(0)
+    classifier = torchvision.models.get_model(name).eval()
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = classifier((images - encoder.mean) / encoder.std)
+        features = encoder(images).transpose(1, 2).unflatten(2, grid)
+        if name == 'vgg11':
+            features = F.max_pool2d(features, 2)
+        if hasattr(classifier, 'avgpool'):
+            features = classifier.avgpool(features)
+        else:
+            features = F.adaptive_avg_pool2d(features, 1)
+        if name != 'convnext_tiny':  # its classifier flattens by itself
+            features = features.flatten(1)
+        head = classifier.fc if hasattr(classifier, 'fc') else classifier.classifier
+        torch.testing.assert_close(head(features), expected)
+
+
+def test_vgg19_is_the_papers_conv5_4():
+    encoder = Encoder('vgg19', 224, pretrained=False)
+    assert (encoder.feature_dim, encoder.grid) == (512, (14, 14))
+    assert sum(isinstance(x, nn.Conv2d) for x in encoder.cnn) == 16
+    assert isinstance(encoder.cnn[-1], nn.ReLU)
+
+
+def test_a_frozen_encoder_never_changes_and_a_trained_one_learns():
+    images = torch.rand(4, 3, 64, 64)
+    frozen, trained = Encoder('resnet18', 64, pretrained=False), Encoder('tiny', 64)
+    for encoder in (frozen, trained):
+        before = encoder(images).clone()
+        statistics = [b.clone() for b in encoder.buffers()]
+        encoder.train()
+        out = encoder(images)
+        changed = any(not torch.equal(x, y) for x, y in zip(statistics, encoder.buffers()))
+        assert out.requires_grad == changed == encoder.trainable
+        if encoder is frozen:
+            assert torch.equal(out, before)
+        uint8 = (images * 255).round().to(torch.uint8)
+        encoder.eval()
+        torch.testing.assert_close(encoder(uint8), encoder(uint8 / 255))
+
+
+@needs_shared
+def test_an_exported_encoder():
+    encoder = Encoder(SHARED / 'encoders' / 'efficientnet_lite0.pt2', 224)
+    assert (encoder.feature_dim, encoder.grid) == (1280, (7, 7))
+    encoder.train()
+    images = torch.rand(2, 3, 224, 224)
+    plain = torch.export.load(SHARED / 'encoders' / 'efficientnet_lite0.pt2').module()
+    normalised = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]).view(3, 1, 1)
+    expected = plain(normalised).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder(images), expected, atol=1e-4, rtol=1e-4)
+    assert not encoder(images).requires_grad
+
+
+def test_an_encoder_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'text.pt2').write_text('hello')
+    for name, message in (('resnet5000', 'no encoder is called'),
+                          (tmp_path / 'none.pt2', 'cannot read the encoder'),
+                          (tmp_path / 'text.pt2', 'torch.export.save wrote'),
+                          ('vit_b_16', 'no feature map')):
+        with pytest.raises(UserError, match=message):
+            Encoder(name, 224, pretrained=False)
+
+    def no_network(*_, **__):
+        raise OSError('no network')
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', no_network)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', no_network)
+    with pytest.raises(UserError, match='download https://download.pytorch.org/models/vgg19.*pth'):
+        Encoder('vgg19', 224)
+
+
+@pytest.mark.parametrize('attn', ['soft', 'none'])
+def test_checkpoint_rebuilds_the_model_alone(tmp_path, attn):
+    captioner, encoder = tiny_captioner(D=128, attn=attn), Encoder('tiny', 32)
+    vocabulary = Vocabulary(['a', 'dog', 'caf\u00e9', 'x', 'y'])
+    save_checkpoint(tmp_path / 'a.pt', captioner, encoder, vocabulary, {'lr': 0.1})
+    again, encoder2, vocabulary2, settings = load_checkpoint(tmp_path / 'a.pt')
+    images = torch.rand(3, 3, 32, 32)
+    encoder.eval()
+    expected = captioner.beam_search(encoder(images), 3, 9)
+    for one, other in zip(expected, again.beam_search(encoder2(images), 3, 9)):
+        assert [(h.tokens, h.log_prob) for h in one] == [(h.tokens, h.log_prob) for h in other]
+    assert vocabulary2.words == vocabulary.words and settings == {'lr': 0.1}
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pt']
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'it ran'),)
+    torch.save({'format': Code()}, tmp_path / 'code.pt')
+    torch.save({'weights': torch.ones(2)}, tmp_path / 'other.pt')
+    (tmp_path / 'text.pt').write_text('hello')
+    save_checkpoint(tmp_path / 'cut.pt', tiny_captioner(D=128), Encoder('tiny', 32),
+                    Vocabulary('abcde'), {})
+    (tmp_path / 'cut.pt').write_bytes((tmp_path / 'cut.pt').read_bytes()[:9000])
+    for name in ('code.pt', 'other.pt', 'text.pt', 'cut.pt', 'none.pt'):
+        with pytest.raises(UserError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / 'it ran').exists()
+
+
+# ------------------------------------------------------------- the commands, as a user calls them
+def run(*command, cwd=HERE, **options):
+    """Run one of the scripts as a process; its folder need not be the current one."""
+    script, *arguments = map(str, command)
+    environment = os.environ | {'NLTK_DATA': str(SHARED / 'nltk_data')}
+    return subprocess.run([sys.executable, HERE / script, *arguments], cwd=cwd, text=True,
+                          capture_output=True, env=environment, timeout=300, **options)
+
+
+TINY_RUN = ['--data', 'flickr8k', '--data-dir', 'd', '--encoder', 'tiny', '--image-size', '32',
+            '--min-count', '1', '--embed-dim', '8', '--hidden-dim', '8', '--attn-dim', '8',
+            '--batch-size', '4', '--epochs', '3', '--patience', '9']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a small data set and a run that was trained on it by the command."""
+    folder = tmp_path_factory.mktemp('with space \u00e9')
+    write_layout(folder / 'd' / 'flickr8k', 'official')
+    result = run('train.py', *TINY_RUN, '--name', 'whole', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_train_prints_what_a_user_wants_to_see(trained):
+    folder, out = trained
+    for text in ('3 training images, 15 captions', 'epoch 1/3', 'captions/s', 'min left',
+                 'val BLEU-4', 'flickr8k test: 1 images', 'the paper', '18.93', 'people'):
+        assert text in out, text
+    whole = folder / 'runs' / 'whole'
+    assert {p.name for p in whole.iterdir()} == {
+        'attention-01.png', 'attention-02.png', 'attention-03.png', 'best.pt', 'last.pt',
+        'test-results.json', 'test-references.json'}
+    # The vocabulary is that of the training captions: "d" and "e" name the held-out images only.
+    assert set(load_checkpoint(whole / 'best.pt')[2].words) == set('a b c dog number 0 1 2 3 4'
+                                                                   .split())
+
+
+def test_two_runs_are_the_same_and_an_interrupted_one_goes_on_to_the_same_weights(trained):
+    import signal
+    folder, _ = trained
+    command = [sys.executable, '-u', HERE / 'train.py', *TINY_RUN, '--name', 'cut']
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if 'epoch 1/3' in line:
+                process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    result = run('train.py', '--resume', 'runs/cut', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    whole, cut = (torch.load(folder / 'runs' / name / 'last.pt') for name in ('whole', 'cut'))
+    for part in ('captioner', ):
+        for key in whole[part]:
+            assert torch.equal(whole[part][key], cut[part][key]), key
+    for key in whole['encoder']['weights']:
+        assert torch.equal(whole['encoder']['weights'][key], cut['encoder']['weights'][key]), key
+
+
+def test_eval_and_the_score_command_agree(trained):
+    folder, _ = trained
+    result = run('train.py', '--eval', 'runs/whole', '--split', 'val', '--beam', '2', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if line.startswith('this model'))
+    scored = run('bleu_meteor.py', 'runs/whole/val-results.json', 'runs/whole/val-references.json',
+                 cwd=folder)
+    assert scored.returncode == 0, scored.stderr
+    line = next(line for line in scored.stdout.splitlines() if line.startswith('BLEU-1 .. 4  '))
+    assert line.split()[3:] == row.split()[4:8]
+
+
+@pytest.mark.parametrize('attn', ['none', 'hard'])
+def test_other_attentions_train(trained, attn):
+    folder, _ = trained
+    result = run('train.py', *TINY_RUN, '--attn', attn, '--epochs', '1', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    for name in ('cell', 'score'):
+        pass
+    again = run('train.py', *TINY_RUN, '--attn', attn, '--epochs', '1', '--cell', 'rnn', '--score',
+                'dot', cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / 'runs' / f'flickr8k-{attn}-2' / 'best.pt').exists()  # no run is overwritten
+
+
+def test_sample_captions_files_and_folders(trained, tmp_path):
+    folder, _ = trained
+    make_pictures(tmp_path / 'photos', ['b.jpg', 'a.jpg'])
+    checkpoint = folder / 'runs' / 'whole' / 'best.pt'
+    result = run('sample.py', tmp_path / 'photos', '--checkpoint', checkpoint, '--top', '2')
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [Path(line.split(': ')[0]).name for line in lines] == ['a.jpg'] * 2 + ['b.jpg'] * 2
+    with Image.open(tmp_path / 'photos' / 'a.attention.png') as picture:
+        assert picture.width > 200 and picture.height > 200
+    again = run('sample.py', tmp_path / 'photos', '--json', '--out', tmp_path, cwd=folder)
+    found = json.loads(again.stdout)  # the newest run, and no captions of its own pictures
+    assert [Path(x['image']).name for x in found] == ['a.jpg', 'b.jpg']
+    assert all(x['captions'][0]['log_prob'] < 0 and Path(x['picture']).exists() for x in found)
+
+
+def test_user_errors_are_one_line_and_status_2(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'bad.jpg').write_text('hello')
+    make_pictures(tmp_path, ['a.jpg'])
+    best = folder / 'runs' / 'whole' / 'best.pt'
+    for command, message in (
+            (['sample.py', 'a.jpg'], 'no trained model in runs/'),
+            (['sample.py', 'none.jpg', '--checkpoint', best], 'there is no image none.jpg'),
+            (['sample.py', 'bad.jpg', 'a.jpg', '--checkpoint', best], 'bad.jpg is not an image'),
+            (['sample.py', 'empty', '--checkpoint', best], 'empty has no images'),
+            (['sample.py', 'a.jpg', '--checkpoint', 'bad.jpg'], 'cannot be read as a checkpoint'),
+            (['sample.py', 'a.jpg', '--checkpoint', best, '--beam', '0'], '--beam 0'),
+            (['train.py', '--data', 'flickr30k', '--data-dir', 'empty'], 'form at'),
+            (['train.py', '--resume', 'empty'], 'there is no checkpoint'),
+            (['train.py', '--device', 'cuda:99'], '--device cuda:99'),
+            (['bleu_meteor.py', 'none.json', 'none.json'], 'none.json: No such file')):
+        result = run(*command, cwd=tmp_path)
+        assert result.returncode == 2, (command, result.stderr)
+        assert message in result.stderr and 'Traceback' not in result.stderr, result.stderr
+    assert (tmp_path / 'a.attention.png').exists()  # one bad file does not stop the others
+
+
+# -------------------------------------------------------------------------------------- drawing
+def test_the_attention_map_lies_where_the_weight_is():
+    for grid in ((7, 7), (14, 14), (4, 6)):
+        alpha = np.full(grid, 0.01)
+        alpha[1, 2] = 1.0
+        weights = attention_map(alpha.flatten(), grid, 224)
+        y, x = np.unravel_index(weights.argmax(), weights.shape)
+        assert abs(y - 1.5 * 224 / grid[0]) < 0.6 * 224 / grid[0]
+        assert abs(x - 2.5 * 224 / grid[1]) < 0.6 * 224 / grid[1]
+        assert weights.max() == pytest.approx(1) and weights[-1, -1] < 0.1
+    flat = attention_map(np.full(49, 1 / 49), (7, 7), 224)
+    assert flat.min() == flat.max() == 1
+
+
+def test_a_drawing_has_a_panel_for_each_word():
+    image = Image.new('RGB', (50, 80), 'white')
+    for words in (['dog'], ['a'] * 11):
+        T = len(words)
+        sheet = draw_attention(image, words, np.full((T + 1, 4), 0.25), np.ones(T + 1), (2, 2))
+        assert sheet.height == -(-(T + 1) // 6) * 260 + 6
+        assert sheet.width == min(T + 1, 6) * 230 + 6
+    assert draw_attention(image, ['dog', 'runs']).width == 3 * 230 + 6  # without attention

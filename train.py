@@ -1,0 +1,400 @@
+"""Train a captioner, validate it by BLEU, keep the best, and print its row of the paper's table.
+
+    python train.py                                   shapes, soft attention, a few minutes on a CPU
+    python train.py --attn soft --data flickr8k       downloads what is missing
+    python train.py --resume runs/NAME                goes on where it stopped
+    python train.py --eval runs/NAME --split test --beam 3
+    python train.py --data flickr8k -h                every setting and its default there
+
+Paper sections 4.2.1 and 4.3 (training), 5 (experiments).
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from attention import doubly_stochastic, entropy, reinforce_loss
+from bleu_meteor import bleu, human_score, score, tokenize
+from data import (END, START, UserError, Vocabulary, cache_arrays, length_batches, load_captions,
+                  open_image, pointing, run_command)
+from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, read_checkpoint,
+                   save_checkpoint)
+from sample import draw_attention
+
+
+def setting(default, text, choices=None):
+    """A field of Settings: its default, and what -h says of it."""
+    return field(default=default, metadata={'help': text, 'choices': choices})
+
+
+@dataclass
+class Settings:
+    """All that a run depends on; every field is a flag. Defaults are for photographs."""
+    data: str = setting('shapes', 'data set', ('shapes', 'flickr8k', 'flickr30k', 'coco'))
+    data_dir: str = setting('data', 'folder that holds a folder for each data set')
+    cache_dir: str = setting('cache', 'folder for cached features')
+    out: str = setting('runs', 'folder for runs; each gets a folder of its own in it')
+    name: str = setting('', 'name of the run (default: DATA-ATTN, numbered if it is taken)')
+    # model
+    attn: str = setting('soft', 'attention; none is Show and Tell', ('soft', 'hard', 'none'))
+    score: str = setting('additive', 'attention scores', ('additive', 'dot'))
+    cell: str = setting('lstm', 'recurrent cell', ('lstm', 'rnn'))
+    encoder: str = setting('vgg19', 'tiny, a torchvision CNN by name, or a .pt2 file')
+    finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
+    image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
+    embed_dim: int = setting(512, 'size of word embeddings')
+    hidden_dim: int = setting(512, 'size of the recurrent state')
+    attn_dim: int = setting(512, 'size of the attention layer')
+    dropout: float = setting(0.5, 'share of units dropped in the output layer')
+    max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
+    min_count: int = setting(4, 'vocabulary: words seen at least this often')
+    # loss
+    lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14)')
+    lambda_r: float = setting(0.1, 'hard: weight of the REINFORCE term, eq. (12)')
+    lambda_h: float = setting(0.02, 'hard: weight of the entropy term, eq. (12)')
+    samples: int = setting(1, 'hard: samples a caption; above 1 the others are its baseline')
+    expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
+    hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
+    # training
+    optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
+    lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
+    encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
+    batch_size: int = setting(64, 'captions in a batch')
+    epochs: int = setting(10, 'epochs at most')
+    patience: int = setting(4, 'stop after this many epochs without a better validation BLEU-4')
+    clip: float = setting(5.0, 'largest norm of the gradient')
+    seed: int = setting(0, 'seed of weights, dropout, batches and samples')
+    device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
+    # captioning
+    beam: int = setting(5, 'beam size in validation and test')
+    length_penalty: float = setting(0.7, 'captions are ordered by log p / length ** this')
+    max_len: int = setting(30, 'words in a caption at most')
+    punctuation: bool = setting(False, 'score punctuation as words, as the authors did')
+
+
+# The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
+SHAPES = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
+              dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100, epochs=12,
+              beam=3, hard_decode='argmax', lambda_ds=0.0)
+
+# Table 1 of the paper: BLEU-1..4, METEOR.
+PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
+         ('flickr8k', 'soft'): (67, 44.8, 29.9, 19.5, 18.93),
+         ('flickr8k', 'hard'): (67, 45.7, 31.4, 21.3, 20.30),
+         ('flickr30k', 'none'): (66.3, 42.3, 27.7, 18.3, None),
+         ('flickr30k', 'soft'): (66.7, 43.4, 28.8, 19.1, 18.49),
+         ('flickr30k', 'hard'): (66.9, 43.9, 29.6, 19.9, 18.46),
+         ('coco', 'none'): (66.6, 46.1, 32.9, 24.6, None),
+         ('coco', 'soft'): (70.7, 49.2, 34.4, 24.3, 23.90),
+         ('coco', 'hard'): (71.8, 50.4, 35.7, 25.0, 23.04)}
+
+
+def parse_settings():
+    """Command line -> Settings, and the flags that are no settings: resume, eval, split."""
+    parser = argparse.ArgumentParser(description='Train or evaluate a captioner.')
+    for f in fields(Settings):
+        flag, text = '--' + f.name.replace('_', '-'), f.metadata['help'] + ' [%(default)s]'
+        if f.type is bool:
+            parser.add_argument(flag, action='store_true', help=f.metadata['help'])
+        else:
+            parser.add_argument(flag, type=f.type, default=f.default,
+                                choices=f.metadata['choices'], help=text)
+    parser.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
+    parser.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
+    parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
+                        help='split that --eval scores')
+    first, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ('-h', '--help')])
+    if first.data == 'shapes':
+        parser.set_defaults(**SHAPES)
+    if first.resume or first.eval:  # a run's own settings, but for those on the command line
+        parser.set_defaults(**read_checkpoint(checkpoint_of(first))['settings'])
+    args = parser.parse_args()
+    names = [f.name for f in fields(Settings)]
+    return Settings(**{name: getattr(args, name) for name in names}), args
+
+
+def checkpoint_of(args):
+    """The file that --resume or --eval means: a run's last.pt or best.pt, or the file named."""
+    path = Path(args.resume or args.eval)
+    return path / ('last.pt' if args.resume else 'best.pt') if path.is_dir() else path
+
+
+# ------------------------------------------------------------------------------------ scoring
+def caption_images(captioner, encoder, images, s):
+    """The best Hypothesis for each row of `images` (cached features or pixels), in order."""
+    captioner.eval(), encoder.eval()
+    device, found = next(captioner.parameters()).device, []
+    with torch.no_grad():
+        for i in range(0, len(images), 50):
+            a = annotations(encoder, images[i:i + 50], device)
+            hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty)
+            found += [best for best, *_ in hypotheses]
+    return found
+
+
+def annotations(encoder, rows, device):
+    """Rows of cached features, or of pixels that a trained encoder must see -> a (B, L, D)."""
+    rows = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    return rows.float() if rows.dim() == 3 else encoder(rows)
+
+
+def token_lists(examples, found, vocabulary, s):
+    """References and hypotheses as lists of words, the way that the scores count them."""
+    references = [[tokenize(c, s.punctuation) for c in x.captions] for x in examples]
+    hypotheses = [vocabulary.decode(h.tokens) + ['.'] * s.punctuation for h in found]
+    return references, hypotheses
+
+
+def pointing_rate(examples, found, vocabulary, grid):
+    """Share of object words, in per cent, at which attention lies on the object (shapes only)."""
+    counts = [pointing(vocabulary.decode(h.tokens), h.alphas, x.objects, grid)
+              for x, h in zip(examples, found) if h.alphas is not None]
+    hits, nouns = (sum(part) for part in zip(*counts)) if counts else (0, 0)
+    return 100 * hits / nouns if nouns else None
+
+
+def print_row(label, columns):
+    """One row of the table; a column that is None is a dash."""
+    print(f'{label:34}' + ''.join('      -' if x is None else f'{x:7.2f}' for x in columns))
+
+
+def report(captioner, encoder, vocabulary, s, split, examples, folder):
+    """Caption a split, write a COCO results file, and print its row beside the paper's."""
+    began = time.time()
+    label = 'pixels' if encoder.trainable else encoder.key
+    images = cache_arrays(examples, s.image_size, s.cache_dir, label,
+                          None if encoder.trainable else frozen(encoder))
+    found = caption_images(captioner, encoder, images, s)
+    references, hypotheses = token_lists(examples, found, vocabulary, s)
+    names = [x.name for x in examples]
+    for name, content in (
+            ('results', [{'image_id': n, 'caption': ' '.join(vocabulary.decode(h.tokens))}
+                         for n, h in zip(names, found)]),
+            ('references', {x.name: x.captions for x in examples})):
+        with open(folder / f'{split}-{name}.json', 'w', encoding='utf-8') as file:
+            json.dump(content, file, indent=0, ensure_ascii=False)
+    print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, length '
+          f'penalty {s.length_penalty}, {"with punctuation" if s.punctuation else "words alone"}')
+    print(f'{"":34}     B1     B2     B3     B4 METEOR' + '  pointing' * (s.data == 'shapes'))
+    point = [pointing_rate(examples, found, vocabulary, encoder.grid)] * (s.data == 'shapes')
+    print_row(f'this model ({s.attn} attention)', score(references, hypotheses) + point)
+    if (s.data, s.attn) in PAPER:
+        print_row('the paper' if s.attn != 'none' else 'the paper (Google NIC)', PAPER[s.data, s.attn])
+    print_row('people, one against the others', human_score(references))
+    penalised = bleu(references, hypotheses)
+    print(f'BLEU has no brevity penalty, as in the paper; with it BLEU-4 is {penalised[3]:.2f}. '
+          f'METEOR is NLTK\'s with METEOR 1.5 parameters. {time.time() - began:.0f} s.')
+
+
+# ------------------------------------------------------------------------------------ training
+def frozen(encoder):
+    """The encoder as a plain function of image tensors, for the feature cache."""
+    @torch.no_grad()
+    def encode(images):
+        return encoder(images.to(encoder.mean.device))
+    return encode
+
+
+def batch_loss(captioner, a, captions, s, baseline):
+    """Loss of a batch (mean over its captions) and numbers for the log.
+
+    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12).
+    """
+    targets = captions[:, 1:]  # (B, T)
+    if s.attn == 'hard':
+        a, captions, targets = (x.repeat_interleave(s.samples, dim=0)
+                                for x in (a, captions, targets))
+        coin = torch.rand(len(a), 1, device=a.device) < s.expected
+        out = captioner(a, captions, expected=coin.expand(targets.shape))
+    else:
+        out = captioner(a, captions)
+    nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
+    log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
+    numbers = {'nll/word': -log_p_y.mean() / targets.shape[1]}
+    if s.attn == 'hard':
+        if s.samples > 1:  # the other samples of the same caption are its baseline
+            r = log_p_y.detach().view(-1, s.samples)
+            baseline = ((r.sum(1, keepdim=True) - r) / (s.samples - 1)).flatten()
+        loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, s.lambda_r,
+                              s.lambda_h)
+        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
+                    'entropy': entropy(out.alphas).mean() / targets.shape[1],
+                    'sampled': 1 - coin.float().mean()}
+    else:
+        loss = -log_p_y
+        if s.attn == 'soft' and s.lambda_ds:
+            loss = loss + s.lambda_ds * doubly_stochastic(out.alphas)
+    loss = loss.mean()
+    return loss, {key: value.detach() for key, value in ({'loss': loss} | numbers).items()}
+
+
+def pick_device(name):
+    """Device by name, or the best there is. Raises UserError if it cannot be had."""
+    mps = torch.backends.mps.is_available()
+    if name.startswith('cuda') and not torch.cuda.is_available() or name == 'mps' and not mps:
+        raise UserError(f'--device {name}: this machine or this build of PyTorch has none')
+    return torch.device(name or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'))
+
+
+def new_folder(s):
+    """Make a run's folder without touching an older run."""
+    base, number = s.name or f'{s.data}-{s.attn}', 1
+    while True:
+        folder = Path(s.out) / (base if number == 1 else f'{base}-{number}')
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def build(s, splits, device):
+    """A new captioner, encoder and vocabulary for these settings."""
+    torch.manual_seed(s.seed)
+    captions = [tokenize(c) for x in splits['train'] for c in x.captions]
+    vocabulary = Vocabulary.build(captions, s.max_words, s.min_count)
+    encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
+    config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
+                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode)
+    return Captioner(config).to(device), encoder.to(device), vocabulary
+
+
+def draw_validation(path, examples, found, vocabulary, grid):
+    """Attention on a few validation images, one below the other."""
+    sheets = [draw_attention(open_image(x.image), vocabulary.decode(h.tokens), h.alphas, h.betas,
+                             grid) for x, h in zip(examples, found)]
+    page = Image.new('RGB', (max(x.width for x in sheets), sum(x.height for x in sheets)), 'white')
+    top = 0
+    for sheet in sheets:
+        page.paste(sheet, (0, top))
+        top += sheet.height
+    page.save(path)
+
+
+def main():
+    """Settings, data, model, then the loop."""
+    s, args = parse_settings()
+    device = pick_device(s.device)
+    splits = load_captions(s.data, s.data_dir)
+    if args.eval:
+        captioner, encoder, vocabulary, _ = load_checkpoint(checkpoint_of(args), device)
+        captioner.config.hard_decode = s.hard_decode
+        if args.split not in splits:
+            raise UserError(f'{s.data} has no split {args.split}')
+        folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
+        return report(captioner, encoder, vocabulary, s, args.split, splits[args.split], folder)
+
+    if args.resume:
+        folder = checkpoint_of(args).parent
+        captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'last.pt', device)
+        state = read_checkpoint(folder / 'last.pt')['training']
+    else:
+        captioner, encoder, vocabulary = build(s, splits, device)
+        folder = new_folder(s)
+        state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
+                 'totals': {}}
+    groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
+    if encoder.trainable:
+        groups.append({'params': list(encoder.parameters()), 'lr': s.encoder_lr})
+    optimizer = {'adam': torch.optim.Adam, 'rmsprop': torch.optim.RMSprop}[s.optimizer](groups)
+    rates = [group['lr'] for group in optimizer.param_groups]
+    if args.resume:
+        optimizer.load_state_dict(state['optimizer'])
+        torch.set_rng_state(state['random'])
+
+    # Images: features once and for all from a frozen CNN, pixels for one that learns.
+    label = 'pixels' if encoder.trainable else encoder.key
+    images = {name: cache_arrays(splits[name], s.image_size, s.cache_dir, label,
+                                 None if encoder.trainable else frozen(encoder))
+              for name in ('train', 'val')}
+    ids = [[START, *vocabulary.encode(tokenize(c)), END]
+           for x in splits['train'] for c in x.captions]
+    owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
+    lengths = np.array([len(words) for words in ids])
+    references, _ = token_lists(splits['val'], [], vocabulary, s)
+    weights = sum(p.numel() for g in groups for p in g['params'])
+    print(f'{s.data}: {len(splits["train"])} training images, {len(ids)} captions, '
+          f'{len(vocabulary)} words\n{s.attn} attention, encoder {encoder.key} with '
+          f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, {weights:,} '
+          f'trained weights, on {device}\nrun: {folder}')
+
+    def save_last():
+        state.update(optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+        save_checkpoint(folder / 'last.pt', captioner, encoder, vocabulary, asdict(s),
+                        training=state)
+
+    stop = []
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C ends after the step
+    per_epoch = len(length_batches(lengths, s.batch_size, np.random.default_rng(0)))
+    began, steps_done = time.time(), 0
+    while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
+        epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
+        batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
+        captioner.train(), encoder.train()
+        for step in range(state['step'], len(batches)):
+            batch = batches[step]
+            share = (epoch + step / len(batches)) / s.epochs  # of the training that is done
+            for group, rate in zip(optimizer.param_groups, rates):
+                group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * share))
+            a = annotations(encoder, images['train'][owner[batch]], device)
+            captions = torch.tensor([ids[i] for i in batch], device=device)
+            loss, numbers = batch_loss(captioner, a, captions, s, state['baseline'])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for group in groups:
+                torch.nn.utils.clip_grad_norm_(group['params'], s.clip)
+            optimizer.step()
+            if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
+                state['baseline'] = 0.9 * state['baseline'] + 0.1 * numbers['reward']
+            for key, value in numbers.items():  # tensors: a number would wait for the GPU
+                state['totals'][key] = state['totals'].get(key, 0.0) + value
+            state['step'], steps_done = step + 1, steps_done + 1
+            captions_done += len(batch)
+            speed = captions_done / (time.time() - epoch_began)
+            left = (time.time() - began) / steps_done * ((s.epochs - epoch) * per_epoch - step)
+            if sys.stdout.isatty() and step % 10 == 0:
+                print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
+                      f'{float(loss):.2f}  {speed:.0f} captions/s  '
+                      f'{left / 60:.1f} min left ', end='', flush=True)
+            if stop:
+                save_last()
+                print(f'\nstopped; go on with: python train.py --resume {folder}')
+                sys.exit(130)
+
+        found = caption_images(captioner, encoder, images['val'], s)
+        _, hypotheses = token_lists([], found, vocabulary, s)
+        bleu4 = bleu(references, hypotheses)[3]
+        means = '  '.join(f'{k} {v / len(batches):.3f}' for k, v in state['totals'].items())
+        print(f'\repoch {epoch + 1}/{s.epochs}  {means}  val BLEU-4 {bleu4:.2f}'
+              + (f'  pointing {pointing_rate(splits["val"], found, vocabulary, encoder.grid):.1f}'
+                 if s.data == 'shapes' and s.attn != 'none' else '')
+              + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
+        for i in range(2):
+            print(f'    {" ".join(hypotheses[i])}   [{splits["val"][i].captions[0]}]')
+        draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
+                        vocabulary, encoder.grid)
+        state.update(epoch=epoch + 1, step=0, totals={})
+        if bleu4 > state['best']:
+            state.update(best=bleu4, best_epoch=epoch)
+            save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
+        save_last()
+
+    captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'best.pt', device)
+    print(f'best epoch: {state["best_epoch"] + 1}; {(time.time() - began) / 60:.1f} minutes')
+    for split in ('test', 'unseen'):
+        if split in splits:
+            report(captioner, encoder, vocabulary, s, split, splits[split], folder)
+
+
+if __name__ == '__main__':
+    run_command(main)
