@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import zipfile
@@ -23,12 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
-from torchvision.datasets.utils import check_integrity
 
 from bleu_meteor import tokenize
 
 PAD, START, END, UNK = range(4)  # word ids that every vocabulary has
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
 
 
 class UserError(Exception):
@@ -250,6 +249,12 @@ def pointing(words, alphas, objects, grid):
 
 
 # --------------------------------------------------------------------- data sets on disk
+def is_image(name):
+    """Whether a file's name is that of an image; `._*` are macOS's notes and no images."""
+    endings = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
+    return name.lower().endswith(endings) and not name.startswith('._')
+
+
 GITHUB = 'https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/'
 COCO = 'http://images.cocodataset.org/'
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
@@ -264,9 +269,21 @@ DOWNLOADS = {
         'images': [(COCO + 'zips/train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
                    (COCO + 'zips/val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')],
         'captions': [KARPATHY]}}
-FLICKR30K_FORM = ('Flickr30k is given out by its authors: fill in the form at '
-                  'https://shannon.cs.illinois.edu/DenotationGraph/ and unpack the images')
+# The caption files that a data set may come with; the first that is there is read.
+CAPTION_FILES = {
+    'flickr8k': ('dataset_flickr8k.json', 'Flickr8k.token.txt', 'captions.txt'),
+    'flickr30k': ('dataset_flickr30k.json', 'results_20130124.token', 'results.csv'),
+    'coco': ('dataset_coco.json', 'captions_train2014.json')}
 NO_SUCH_IMAGE = '2258277193_586949ec62.jpg.1'  # Flickr8k has captions for it, and no picture
+
+
+def file_digest(path, kind):
+    """The md5 or sha256 sum of a file."""
+    digest = hashlib.new(kind)
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def download(address, kind, checksum, folder):
@@ -282,19 +299,13 @@ def download(address, kind, checksum, folder):
         print(f'downloading {address}')
         try:
             torch.hub.download_url_to_file(address, str(part))
+            problem = file_digest(part, kind) != checksum and f'its {kind} sum is wrong'
         except OSError as error:
+            problem = error
+        if problem:
             part.unlink(missing_ok=True)
-            raise UserError(f'cannot download {address} ({error}): get it in another way and put '
-                            f'it into {folder}') from None
-        if kind == 'md5':
-            right = check_integrity(part, checksum)
-        else:
-            with open(part, 'rb') as file:
-                right = hashlib.file_digest(file, kind).hexdigest() == checksum
-        if not right:
-            part.unlink()
-            raise UserError(f'{address} came with a wrong {kind} sum: try again, or get it in '
-                            f'another way and put it into {folder}')
+            raise UserError(f'cannot download {address} ({problem}): try again later, or get it '
+                            f'in another way and put it into {folder}')
         os.replace(part, archive)
     unpacked = folder / 'unpacking.part'
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -306,14 +317,13 @@ def download(address, kind, checksum, folder):
     archive.unlink()
 
 
-def find_images(folder):
-    """All pictures below a folder, by file name; `._*` are macOS's notes and not pictures."""
-    return {name: Path(place, name) for place, _, names in os.walk(folder) for name in names
-            if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith('._')}
+def list_files(folder):
+    """All files below a folder, by name."""
+    return {name: Path(place, name) for place, _, names in os.walk(folder) for name in names}
 
 
 def read_karpathy(path):
-    """Karpathy's dataset_NAME.json -> {split: {file name: captions}}; restval counts as train."""
+    """Karpathy's dataset_NAME.json -> {split: {image: captions}}; restval counts as train."""
     splits = {'train': {}, 'val': {}, 'test': {}}
     for image in json.loads(path.read_text(encoding='utf-8'))['images']:
         split = 'train' if image['split'] == 'restval' else image['split']
@@ -321,79 +331,63 @@ def read_karpathy(path):
     return splits
 
 
-def read_coco(folder):
-    """COCO's captions_{train,val}2014.json -> {split: {file name: captions}}.
+def read_coco(files):
+    """COCO's captions_{train,val}2014.json -> {split: {image: captions}}.
 
     COCO publishes no test captions: the first 5,000 images of val by id are for validation, the
-    next 5,000 for testing. Karpathy's split, which is read first, is what papers compare on.
+    next 5,000 for testing. Karpathy's split, which is preferred, is what papers compare on.
     """
-    parts = []
-    for part in ('train2014', 'val2014'):
-        path = next(folder.rglob(f'captions_{part}.json'), None)
-        if path is None:
-            raise UserError(f'captions_{part}.json is missing below {folder}')
-        content = json.loads(path.read_text(encoding='utf-8'))
+    parts = {}
+    for part in ('train', 'val'):
+        if f'captions_{part}2014.json' not in files:
+            raise UserError(f'COCO without captions_{part}2014.json: put it beside the other')
+        content = json.loads(files[f'captions_{part}2014.json'].read_text(encoding='utf-8'))
         names = {image['id']: image['file_name'] for image in content['images']}
-        captions = {names[i]: [] for i in sorted(names)}
+        parts[part] = {names[i]: [] for i in sorted(names)}
         for annotation in content['annotations']:
-            captions[names[annotation['image_id']]].append(annotation['caption'])
-        parts.append(captions)
-    train, val = parts
-    items = list(val.items())
-    return {'train': train, 'val': dict(items[:5000]), 'test': dict(items[5000:10000])}
+            parts[part][names[annotation['image_id']]].append(annotation['caption'])
+    val = list(parts['val'].items())
+    return {'train': parts['train'], 'val': dict(val[:5000]), 'test': dict(val[5000:10000])}
 
 
 def read_captions(path):
-    """A file with one caption a line -> {file name: captions}.
+    """A file with one caption a line -> {image: captions}.
 
     Three layouts: Flickr's `name.jpg#0<tab>caption`, Kaggle's Flickr8k `name.jpg,caption` and
     Kaggle's Flickr30k `name.jpg| 0| caption`, the last two under a line of column names.
     """
     captions = {}
     with open(path, encoding='utf-8', newline='') as file:
-        if path.suffix == '.token' or path.name.endswith('.token.txt'):
-            rows = (line.rstrip('\r\n').split('\t', 1) for line in file)
+        if path.suffix == '.csv':
+            rows = (re.match(r'(.+?)\|\s*\d+\s*\|?\s*(.*)', line) for line in file if '.jpg' in line)
+            rows = (row.groups() for row in rows if row)  # one line of it lacks its second |
+        elif path.name == 'captions.txt':
+            rows = csv.reader(file)
+            next(rows)
         else:
-            rows = csv.reader(file, delimiter='|' if '|' in file.readline() else ',')
+            rows = (line.rstrip().split('\t', 1) for line in file)
         for number, row in enumerate(rows, start=1):
-            row = [row[0].split('#')[0].strip(), row[-1].strip()] if len(row) > 1 else row
-            if len(row) != 2 or not row[1]:
+            if len(row) != 2 or not row[1].strip():
                 raise UserError(f'{path}: caption {number} cannot be read: {row}')
-            captions.setdefault(row[0], []).append(row[1])
+            captions.setdefault(row[0].split('#')[0], []).append(row[1].strip())
     captions.pop(NO_SUCH_IMAGE, None)
     return captions
 
 
-def split_captions(folder, captions, name):
-    """Apply the split lists beside a caption file, or draw a split from a seed where none is."""
-    splits = {}
-    for split, official in (('train', 'train'), ('val', 'dev'), ('test', 'test')):
-        path = next(folder.rglob(f'*_8k.{official}Images.txt'), None) if name == 'flickr8k' else None
-        if path is not None:
-            names = path.read_text(encoding='utf-8').split()
-            splits[split] = {image: captions[image] for image in names if image in captions}
-    if len(splits) < 3:
+def split_captions(files, captions):
+    """Apply Flickr8k's split lists, or draw a split from a seed where there is none."""
+    lists = {'train': 'Flickr_8k.trainImages.txt', 'val': 'Flickr_8k.devImages.txt',
+             'test': 'Flickr_8k.testImages.txt'}
+    if all(name in files for name in lists.values()):
+        parts = {split: files[name].read_text(encoding='utf-8').split()
+                 for split, name in lists.items()}
+    else:
         held = min(1000, len(captions) // 8)
         names = random.Random(0).sample(sorted(captions), len(captions))
-        print(f'{folder} has no list of splits: {held} images each for validation and test are '
-              'drawn from a seed, so scores cannot be compared with published ones')
-        parts = {'val': names[:held], 'test': names[held:2 * held], 'train': names[2 * held:]}
-        splits = {part: {image: captions[image] for image in parts[part]} for part in parts}
-    return splits
-
-
-def read_splits(folder, name):
-    """Whatever caption files a folder has -> {split: {file name: captions}}, or None."""
-    karpathy = next(folder.rglob(f'dataset_{name}.json'), None)
-    if karpathy:
-        return read_karpathy(karpathy)
-    if name == 'coco':
-        return read_coco(folder) if next(folder.rglob('captions_*.json'), None) else None
-    for pattern in ('Flickr8k.token.txt', 'results_20130124.token', 'captions.txt', 'results.csv'):
-        path = next(folder.rglob(pattern), None)
-        if path:
-            return split_captions(folder, read_captions(path), name)
-    return None
+        print(f'There is no list of splits: {held} images each for validation and test are drawn '
+              'from a seed, so scores cannot be compared with published ones')
+        parts = {'train': names[2 * held:], 'val': names[:held], 'test': names[held:2 * held]}
+    return {split: {image: captions.get(image, []) for image in parts[split]} for split in parts}
 
 
 def load_captions(name, root='data'):
@@ -407,24 +401,32 @@ def load_captions(name, root='data'):
         return {'train': make_shapes(8000, 'train'), 'val': make_shapes(200, 'val'),
                 'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
     folder = Path(root) / name
-    images = find_images(folder)
-    if not images and name == 'flickr30k':
-        raise UserError(f'{folder} has no images. {FLICKR30K_FORM} there')
-    for source in () if images else DOWNLOADS[name]['images']:
-        download(*source, folder)
-    splits = read_splits(folder, name)
-    if splits is None:
+    files = list_files(folder)
+    if not any(map(is_image, files)):
+        if name == 'flickr30k':
+            raise UserError(f'{folder} has no images. Flickr30k is given out by its authors: fill '
+                            'in the form at https://shannon.cs.illinois.edu/DenotationGraph/ and '
+                            'unpack the images there')
+        for source in DOWNLOADS[name]['images']:
+            download(*source, folder)
+    if not any(file in files for file in CAPTION_FILES[name]):
         for source in DOWNLOADS[name]['captions']:
             download(*source, folder)
-        splits = read_splits(folder, name)
-    images = images or find_images(folder)
-    wanted = {image for split in splits.values() for image in split}
-    missing = sorted(wanted - images.keys())
-    if missing or not wanted:
-        raise UserError(f'{folder}: {len(missing)} of {len(wanted)} images with captions are '
-                        f'missing, such as {missing[:2]}: put them there, or move the folder away '
-                        'to have it downloaded')
-    return {split: [Example(images[image], captions, name=image)
+    files = list_files(folder)
+    path = next((files[file] for file in CAPTION_FILES[name] if file in files), None)
+    if path is None:
+        raise UserError(f'{folder} has none of the caption files {", ".join(CAPTION_FILES[name])}')
+    if path.name.startswith('dataset_'):
+        splits = read_karpathy(path)
+    else:
+        splits = read_coco(files) if name == 'coco' else split_captions(files, read_captions(path))
+    wanted = {image: captions for split in splits.values() for image, captions in split.items()}
+    for bad, problem in (([x for x in wanted if x not in files], 'are missing'),
+                         ([x for x in wanted if not wanted[x]], f'have no caption in {path}')):
+        if bad or not wanted:
+            raise UserError(f'{folder}: {len(bad)} of {len(wanted)} images {problem}, such as '
+                            f'{bad[:2]}: complete the folder, or move it away to download it all')
+    return {split: [Example(files[image], captions, name=image)
                     for image, captions in splits[split].items()] for split in splits}
 
 
@@ -463,7 +465,7 @@ def load_image(source, size):
     image = open_image(source)
     if image.size != (size, size):
         image = image.resize((size, size), Image.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.array(image).transpose(2, 0, 1)
 
 
 def image_batches(sources, size, batch_size=32):

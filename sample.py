@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import IMAGE_ENDINGS, UserError, load_image, open_image, run_command
+from data import UserError, is_image, load_image, open_image, run_command
 from model import load_checkpoint
 
 PANEL, LABEL, GAP = 224, 30, 6  # pixels: side of a panel, height of its label, space between
@@ -37,7 +37,7 @@ def attention_map(alpha, grid, size):
 def under_attention(image, weights):
     """Picture (S, S) and weights (S, S) in 0..1 -> the picture, dark but where the model looked."""
     pixels, m = np.asarray(image, dtype=np.float32), weights[:, :, None]
-    dark, bright = 0.22 * pixels, 0.78 * pixels + 0.22 * 255
+    dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
     return Image.fromarray((dark + m * (bright - dark)).clip(0, 255).astype(np.uint8))
 
 
@@ -82,32 +82,33 @@ def image_paths(names):
     """Files and folders -> the image files, those of a folder in order of name."""
     paths = []
     for path in map(Path, names):
-        inside = [p for p in sorted(path.iterdir()) if p.name.lower().endswith(IMAGE_ENDINGS)
-                  and '.attention.' not in p.name] if path.is_dir() else [path]
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        inside = [p for p in path.iterdir() if is_image(p.name) and '.attention.' not in p.name]
         if not inside:
             raise UserError(f'the folder {path} has no images')
-        paths += inside
+        paths += sorted(inside)
     return paths
 
 
 def parse_arguments():
     """The command line."""
-    parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.')
     parser.add_argument('images', nargs='+', help='image files or folders of images')
     parser.add_argument('--checkpoint', help='trained model (default: the newest runs/*/best.pt)')
-    parser.add_argument('--beam', type=int, default=5, help='beam size')
-    parser.add_argument('--length-penalty', type=float, default=0.7,
-                        help='captions are ordered by log p / length ** this')
     parser.add_argument('--top', type=int, default=1, help='captions for each image, at most beam')
+    parser.add_argument('--beam', type=int, help='beam size (default: as in training)')
+    parser.add_argument('--length-penalty', type=float,
+                        help='order captions by log p / length ** this (default: as in training)')
     parser.add_argument('--max-len', type=int, default=30, help='words in a caption at most')
     parser.add_argument('--hard-decode', choices=('argmax', 'expected'),
-                        help='context of hard attention (default: as the model was trained to)')
+                        help='context of hard attention (default: as in training)')
     parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of text')
     parser.add_argument('--batch-size', type=int, default=32, help='images captioned at once')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='where to compute')
+                        help='where to compute [%(default)s]')
     return parser.parse_args()
 
 
@@ -127,12 +128,13 @@ def main():
     """Caption all images in batches, print as they come, and draw."""
     args = parse_arguments()
     checkpoint = args.checkpoint or newest_checkpoint()
-    captioner, encoder, vocabulary, _ = load_checkpoint(checkpoint, args.device)
-    if args.hard_decode:
-        captioner.config.hard_decode = args.hard_decode
-    if not 1 <= args.beam <= len(vocabulary):
-        raise UserError(f'--beam {args.beam}: it must be from 1 to the {len(vocabulary)} words of '
-                        'the vocabulary')
+    captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, args.device)
+    captioner.config.hard_decode = args.hard_decode or captioner.config.hard_decode
+    beam = settings['beam'] if args.beam is None else args.beam
+    penalty = settings['length_penalty'] if args.length_penalty is None else args.length_penalty
+    if not 1 <= beam <= len(vocabulary):
+        raise UserError(f'--beam {beam}: it must be from 1 to the {len(vocabulary)} words of the '
+                        'vocabulary')
     print(f'model: {checkpoint}', file=sys.stderr)
     paths, results, problems = image_paths(args.images), [], []
     for i in range(0, len(paths), args.batch_size):
@@ -142,7 +144,7 @@ def main():
             continue
         with torch.inference_mode():
             a = encoder(images.to(args.device))
-            found = captioner.beam_search(a, args.beam, args.max_len, args.length_penalty)
+            found = captioner.beam_search(a, beam, args.max_len, penalty)
         for path, hypotheses in zip(batch, found):
             captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)), 'log_prob': h.log_prob}
                         for h in hypotheses[:args.top]]

@@ -142,9 +142,17 @@ def caption_images(captioner, encoder, images, s):
     return found
 
 
+def image_arrays(encoder, examples, s):
+    """Images as arrays: features of a frozen CNN, made once and cached; pixels for one that learns."""
+    if encoder.trainable:
+        return cache_arrays(examples, s.image_size, s.cache_dir, 'pixels')
+    return cache_arrays(examples, s.image_size, s.cache_dir, encoder.key,
+                        lambda images: encoder(images.to(encoder.mean.device)))
+
+
 def annotations(encoder, rows, device):
-    """Rows of cached features, or of pixels that a trained encoder must see -> a (B, L, D)."""
-    rows = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+    """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
+    rows = torch.from_numpy(np.array(rows)).to(device)
     return rows.float() if rows.dim() == 3 else encoder(rows)
 
 
@@ -171,16 +179,14 @@ def print_row(label, columns):
 def report(captioner, encoder, vocabulary, s, split, examples, folder):
     """Caption a split, write a COCO results file, and print its row beside the paper's."""
     began = time.time()
-    label = 'pixels' if encoder.trainable else encoder.key
-    images = cache_arrays(examples, s.image_size, s.cache_dir, label,
-                          None if encoder.trainable else frozen(encoder))
-    found = caption_images(captioner, encoder, images, s)
+    found = caption_images(captioner, encoder, image_arrays(encoder, examples, s), s)
     references, hypotheses = token_lists(examples, found, vocabulary, s)
-    names = [x.name for x in examples]
+    # COCO's files know an image by the number in its name, others by the name.
+    ids = [int(x.name[-16:-4]) if x.name.startswith('COCO_') else x.name for x in examples]
     for name, content in (
-            ('results', [{'image_id': n, 'caption': ' '.join(vocabulary.decode(h.tokens))}
-                         for n, h in zip(names, found)]),
-            ('references', {x.name: x.captions for x in examples})):
+            ('results', [{'image_id': i, 'caption': ' '.join(vocabulary.decode(h.tokens))}
+                         for i, h in zip(ids, found)]),
+            ('references', {i: x.captions for i, x in zip(ids, examples)})):
         with open(folder / f'{split}-{name}.json', 'w', encoding='utf-8') as file:
             json.dump(content, file, indent=0, ensure_ascii=False)
     print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, length '
@@ -197,14 +203,6 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
 
 
 # ------------------------------------------------------------------------------------ training
-def frozen(encoder):
-    """The encoder as a plain function of image tensors, for the feature cache."""
-    @torch.no_grad()
-    def encode(images):
-        return encoder(images.to(encoder.mean.device))
-    return encode
-
-
 def batch_loss(captioner, a, captions, s, baseline):
     """Loss of a batch (mean over its captions) and numbers for the log.
 
@@ -312,11 +310,7 @@ def main():
         optimizer.load_state_dict(state['optimizer'])
         torch.set_rng_state(state['random'])
 
-    # Images: features once and for all from a frozen CNN, pixels for one that learns.
-    label = 'pixels' if encoder.trainable else encoder.key
-    images = {name: cache_arrays(splits[name], s.image_size, s.cache_dir, label,
-                                 None if encoder.trainable else frozen(encoder))
-              for name in ('train', 'val')}
+    images = {name: image_arrays(encoder, splits[name], s) for name in ('train', 'val')}
     ids = [[START, *vocabulary.encode(tokenize(c)), END]
            for x in splits['train'] for c in x.captions]
     owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
@@ -375,12 +369,12 @@ def main():
         _, hypotheses = token_lists([], found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
         means = '  '.join(f'{k} {v / len(batches):.3f}' for k, v in state['totals'].items())
-        print(f'\repoch {epoch + 1}/{s.epochs}  {means}  val BLEU-4 {bleu4:.2f}'
+        print('\r' * sys.stdout.isatty() + f'epoch {epoch + 1}/{s.epochs}  {means}  val BLEU-4 {bleu4:.2f}'
               + (f'  pointing {pointing_rate(splits["val"], found, vocabulary, encoder.grid):.1f}'
                  if s.data == 'shapes' and s.attn != 'none' else '')
               + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
-        for i in range(2):
-            print(f'    {" ".join(hypotheses[i])}   [{splits["val"][i].captions[0]}]')
+        for words, example in list(zip(hypotheses, splits['val']))[:2]:
+            print(f'    {" ".join(words)}   [{example.captions[0]}]')
         draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
                         vocabulary, encoder.grid)
         state.update(epoch=epoch + 1, step=0, totals={})
