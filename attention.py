@@ -1,4 +1,4 @@
-"""Where to look: scores -> weights -> context, the heart of Show, Attend and Tell (Xu et al., 2015).
+"""Where to look: scores -> weights -> context. Show, Attend and Tell (Xu et al., 2015).
 
 Two score functions (additive and dot-product), two contexts (soft and hard), and the two extra
 terms of the loss (doubly stochastic attention, REINFORCE). Nothing here knows of words or files.
@@ -104,7 +104,7 @@ def reinforce_loss(log_p_y, log_p_s, alphas, baseline, lambda_r=1.0, lambda_h=0.
     gradient reaches their weights through z. alphas (B, T, L) are the attention weights.
     baseline is a number or a tensor (B,) that does not depend on this caption's samples.
     """
-    reward = (log_p_y - baseline).detach()
-    return -(log_p_y                           # grad log p(y | s, a): better words
-             + lambda_r * reward * log_p_s     # (log p(y | s, a) - b) grad log p(s | a)
-             + lambda_h * entropy(alphas))     # grad H[alpha]: keeps the choice open
+    advantage = (log_p_y - baseline).detach()
+    return -(log_p_y                            # grad log p(y | s, a): better words
+             + lambda_r * advantage * log_p_s   # (log p(y | s, a) - b) grad log p(s | a)
+             + lambda_h * entropy(alphas))      # grad H[alpha]: keeps the choice open

@@ -10,29 +10,31 @@ Both count words alone: lower case, without punctuation, split as coco-caption's
 reference files are of that kind, and the same captions score higher there.
 """
 import argparse
+import functools
 import json
 import math
 import re
 import socket
-import sys
 from collections import Counter
 
 import nltk
 
-KEPT_SYMBOLS = set('&%$#@+=')  # coco-caption counts these as words
+SYMBOLS = set('&%$#@+=/*')  # coco-caption counts these as words
+TREEBANK = nltk.NLTKWordTokenizer()
 
 
 def tokenize(caption, punctuation=False):
     """Caption -> list of lower-case words, as coco-caption's tokenizer (Stanford's PTBTokenizer).
 
     "A man's T-shirt." -> a, man, 's, t-shirt. With punctuation=True the marks are words too.
+    Where coco-caption keeps "-lrb-" for a bracket or the dot of "mr.", these are left out.
     """
     caption = caption.lower().replace('\u2019', "'")
-    caption = re.sub(r'(\w\w)\.(?=\s)', r'\1 .', caption)  # full stops inside a caption
-    words = nltk.NLTKWordTokenizer().tokenize(caption)
-    if punctuation:
-        return words
-    return [w for w in words if any(ch.isalnum() or ch in KEPT_SYMBOLS for ch in w)]
+    caption = re.sub(r'(\w\w)\.(?=\W|$)', r'\1 .', caption)  # full stops inside a caption
+    words = TREEBANK.tokenize(caption)
+    if not punctuation:
+        words = [w for w in words if any(ch.isalnum() or ch in SYMBOLS for ch in w)]
+    return words
 
 
 def ngrams(words, n):
@@ -77,23 +79,25 @@ def bleu(references, hypotheses, brevity_penalty=True):
     return scores
 
 
+@functools.cache
 def find_wordnet():
     """Whether NLTK has WordNet or could download it; prints why not."""
-    for attempt in ('look', 'download', 'look again'):
-        if attempt == 'download':
-            timeout = socket.getdefaulttimeout()
-            socket.setdefaulttimeout(20)  # where there is no network, say so soon
-            nltk.download('wordnet', quiet=True)
-            socket.setdefaulttimeout(timeout)
-            continue
+    def found():
         try:
             nltk.corpus.wordnet.ensure_loaded()
             return True
         except LookupError:
-            pass
-    print('METEOR left out: NLTK has no WordNet. Get it with '
-          '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it.')
-    return False
+            return False
+    if found():
+        return True
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # where there is no network, say so soon
+    nltk.download('wordnet', quiet=True)
+    socket.setdefaulttimeout(timeout)
+    if not found():
+        print('METEOR left out: NLTK has no WordNet. Get it with '
+              '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it.')
+    return found()
 
 
 def meteor(references, hypotheses):
@@ -113,67 +117,64 @@ def meteor(references, hypotheses):
 
 
 def score(references, hypotheses):
-    """The table's columns: [B1, B2, B3, B4, METEOR], BLEU without brevity penalty as in the paper."""
+    """The paper's columns: [B1, B2, B3, B4, METEOR], BLEU without brevity penalty as there."""
     return bleu(references, hypotheses, brevity_penalty=False) + [meteor(references, hypotheses)]
 
 
 def human_score(references):
-    """How people score: each image's n-th caption against its others, mean over n. As `score`."""
+    """How people score: each image's n-th caption against its others, mean over n. As `score`.
+
+    None where an image has one caption only.
+    """
     people = min(len(refs) for refs in references)
     if people < 2:
         return None
-    rows = [score([refs[:i] + refs[i + 1:] for refs in references], [refs[i] for refs in references])
-            for i in range(people)]
+    rows = [score([refs[:i] + refs[i + 1:] for refs in references],
+                  [refs[i] for refs in references]) for i in range(people)]
     return [None if None in column else sum(column) / people for column in zip(*rows)]
 
 
-def load_json(path):
-    """A JSON file's content; a file that cannot be read ends the program with one line."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
-    except OSError as error:
-        problem = error.strerror
-    except ValueError as error:
-        problem = f'not a JSON file ({error})'
-    print(f'{path}: {problem}', file=sys.stderr)
-    sys.exit(2)
+def read_pair(results, references):
+    """Two JSON files (see the top of this file) -> captions and references, image by image."""
+    with open(results, encoding='utf-8') as file:
+        captions = {str(r['image_id']): r['caption'] for r in json.load(file)}
+    with open(references, encoding='utf-8') as file:
+        content = json.load(file)
+    by_image = {str(image): list(texts) for image, texts in content.items()}
+    if 'annotations' in content:
+        by_image = {}
+        for r in content['annotations']:
+            by_image.setdefault(str(r['image_id']), []).append(r['caption'])
+    missing = [image for image in captions if image not in by_image]
+    if missing or not captions:
+        raise ValueError(f'{len(missing)} of {len(captions)} results have no reference, such as '
+                         f'{missing[:3]}: give two files on the same images')
+    return list(captions.values()), [by_image[image] for image in captions]
 
 
 def main():
-    """Score a results file against its references and print one row with and one without BP."""
+    """Score a results file against its references, without and with brevity penalty."""
     parser = argparse.ArgumentParser(description='Score captions: BLEU-1..4 and METEOR.')
     parser.add_argument('results', help='COCO results file: [{"image_id": .., "caption": ..}, ..]')
     parser.add_argument('references', help='COCO annotation file, or {"image_id": [caption, ..]}')
     parser.add_argument('--punctuation', action='store_true',
                         help='count punctuation as words and end every result with a full stop')
     args = parser.parse_args()
-    references = load_json(args.references)
     try:
-        if 'annotations' in references:
-            pairs = [(r['image_id'], r['caption']) for r in references['annotations']]
-        else:
-            pairs = [(image, caption) for image in references for caption in references[image]]
-        by_image = {}
-        for image, caption in pairs:
-            by_image.setdefault(str(image), []).append(tokenize(caption, args.punctuation))
-        results = {str(r['image_id']): r['caption'] for r in load_json(args.results)}
-    except (TypeError, KeyError, AttributeError) as error:
-        parser.error(f'not in the format that -h describes: {error!r}')
-    missing = [image for image in results if image not in by_image]
-    if missing or not results:
-        parser.error(f'{len(missing)} of {len(results)} results have no reference, e.g. '
-                     f'{missing[:3]}: give results and references of the same images')
-    hypotheses = [tokenize(caption + ' .' * args.punctuation, args.punctuation)
-                  for caption in results.values()]
-    references = [by_image[image] for image in results]
-    print(f'{len(results)} images, ' + ('with punctuation' if args.punctuation else 'words alone'))
-    plain, penalised = (bleu(references, hypotheses, bp) for bp in (False, True))
-    meteor_ = meteor(references, hypotheses)
-    print('BLEU-1 .. 4                       ' + ' '.join(f'{x:5.2f}' for x in plain))
-    print('BLEU-1 .. 4 with brevity penalty  ' + ' '.join(f'{x:5.2f}' for x in penalised))
-    if meteor_ is not None:
-        print(f'METEOR (NLTK, 1.5 parameters)     {meteor_:5.2f}')
+        captions, references = read_pair(args.results, args.references)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        parser.error(f'{error}; -h says what the files hold')
+    if args.punctuation:
+        captions = [caption.rstrip(' .') + ' .' for caption in captions]
+    hypotheses = [tokenize(caption, args.punctuation) for caption in captions]
+    references = [[tokenize(r, args.punctuation) for r in refs] for refs in references]
+    counted = 'punctuation counts' if args.punctuation else 'words alone'
+    print(f'{len(captions)} images, {counted}')
+    for label, penalty in (('BLEU-1 .. 4', False), ('with brevity penalty', True)):
+        print(f'{label:24}' + ' '.join(f'{x:6.2f}' for x in bleu(references, hypotheses, penalty)))
+    value = meteor(references, hypotheses)
+    if value is not None:
+        print(f'METEOR by NLTK          {value:6.2f}')
 
 
 if __name__ == '__main__':

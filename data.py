@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from bleu_meteor import tokenize
-
 PAD, START, END, UNK = range(4)  # word ids that every vocabulary has
 
 
@@ -56,7 +54,7 @@ class Example(NamedTuple):
     image: object
     captions: list
     objects: tuple = ()  # shapes only
-    name: str = ''       # what a results file calls the image
+    name: object = ''    # what a results file calls the image: file name, or COCO's number
 
 
 class Vocabulary:
@@ -98,26 +96,16 @@ BACKGROUNDS = ('plain', 'striped', 'shaded', 'speckled')
 # These pairs are never drawn for training and validation: does the model combine what it knows?
 UNSEEN_PAIRS = {('circle', 'purple'), ('square', 'yellow'), ('triangle', 'blue'),
                 ('star', 'black'), ('cross', 'red'), ('diamond', 'green')}
+# Corners around (0, 0), y downwards; a circle's is the box around it.
+CORNERS = {'circle': [(-1, -1), (1, 1)],
+           'square': [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+           'triangle': [(0, -.95), (1, .8), (-1, .8)],
+           'star': [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
+                    for k, r in enumerate((1.15, .5) * 5)],
+           'cross': [(-.36, -1), (.36, -1), (.36, -.36), (1, -.36), (1, .36), (.36, .36),
+                     (.36, 1), (-.36, 1), (-.36, .36), (-1, .36), (-1, -.36), (-.36, -.36)],
+           'diamond': [(0, -1.15), (.75, 0), (0, 1.15), (-.75, 0)]}
 NOUNS = {noun: shape for shape, nouns in SHAPES.items() for noun in nouns}
-
-
-def polygon(shape, x, y, r):
-    """Corners of a shape with radius r around (x, y)."""
-    def around(angles, radii):
-        return [(x + s * math.sin(math.radians(d)), y - s * math.cos(math.radians(d)))
-                for d, s in zip(angles, radii)]
-    if shape == 'square':
-        return around(range(45, 405, 90), [1.2 * r] * 4)
-    if shape == 'triangle':
-        return around(range(0, 360, 120), [1.15 * r] * 3)
-    if shape == 'diamond':
-        return [(x, y - 1.15 * r), (x + 0.75 * r, y), (x, y + 1.15 * r), (x - 0.75 * r, y)]
-    if shape == 'star':
-        return around(range(0, 360, 36), [1.15 * r, 0.5 * r] * 5)
-    w = 0.36 * r  # a cross: twelve corners
-    return [(x + i * r, y + j * r) if abs(i) != abs(j) else (x + i * w, y + j * w) for i, j in (
-        (-.36, -1), (.36, -1), (1, -1), (1, -.36), (1, .36), (1, 1),
-        (.36, 1), (-.36, 1), (-1, 1), (-1, .36), (-1, -.36), (-1, -1))]
 
 
 def draw_background(kind, side, rng):
@@ -131,14 +119,20 @@ def draw_background(kind, side, rng):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def apart(one, other, gap=0.05):
+    """Whether two boxes (left, top, right, bottom) have a gap between them."""
+    return (one[0] > other[2] + gap or one[2] < other[0] - gap
+            or one[1] > other[3] + gap or one[3] < other[1] - gap)
+
+
 def draw_scene(rng, unseen, side=64):
     """One to three objects that do not touch -> pixels (side, side, 3), objects, background.
 
     With `unseen` the first object is one of UNSEEN_PAIRS; without, none is.
     """
-    kind = rng.choice(BACKGROUNDS)
-    scale = 3  # drawn three times as large and shrunk, for smooth edges
-    picture = draw_background(kind, side, rng).resize((side * scale, side * scale), Image.NEAREST)
+    background = rng.choice(BACKGROUNDS)
+    big = 3 * side  # drawn three times as large and shrunk, for smooth edges
+    picture = draw_background(background, side, rng).resize((big, big), Image.NEAREST)
     draw = ImageDraw.Draw(picture)
     objects, pairs = [], []
     for index in range(rng.choice((1, 2, 2, 3))):
@@ -146,23 +140,42 @@ def draw_scene(rng, unseen, side=64):
         while pair is None or pair in pairs or (pair in UNSEEN_PAIRS) != (unseen and index == 0):
             pair = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
         size = rng.choice(list(SIZES))
-        for _ in range(100):
+        for _ in range(100):  # tries; where there is no room the object is left out
             r = rng.uniform(*RADIUS[size])
             x, y = (rng.uniform(1.2 * r, 1 - 1.2 * r) for _ in 'xy')
-            box = (x - r, y - r, x + r, y + r)
-            if all(box[0] > o.box[2] + .05 or box[2] < o.box[0] - .05 or box[1] > o.box[3] + .05
-                   or box[3] < o.box[1] - .05 for o in objects):
+            corners = [(x + r * u, y + r * v) for u, v in CORNERS[pair[0]]]
+            xs, ys = zip(*corners)
+            box = (min(xs), min(ys), max(xs), max(ys))
+            if all(apart(box, o.box) for o in objects):
+                paint = draw.ellipse if pair[0] == 'circle' else draw.polygon
+                paint([(big * u, big * v) for u, v in corners], fill=COLOURS[pair[1]])
+                pairs.append(pair)
+                objects.append(Object(*pair, size, box))
                 break
-        else:
-            continue  # no room left
-        x, y, r = (v * side * scale for v in (x, y, r))
-        if pair[0] == 'circle':
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[pair[1]])
-        else:
-            draw.polygon(polygon(pair[0], x, y, r), fill=COLOURS[pair[1]])
-        pairs.append(pair)
-        objects.append(Object(*pair, size, box))
-    return np.asarray(picture.resize((side, side), Image.BOX)), objects, kind
+    return np.asarray(picture.resize((side, side), Image.BOX)), objects, background
+
+
+def centre(o):
+    """Middle of an object's box (x, y)."""
+    return (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
+
+
+def place(o):
+    """Where in the picture an object is, in words."""
+    x, y = (int(3 * v) for v in centre(o))
+    column, row = ('left', '', 'right')[x], ('top', '', 'bottom')[y]
+    if column and row:
+        return f'in the {row} {column} corner'
+    return f'at the {row}' if row else f'on the {column}' if column else 'in the middle'
+
+
+def relation(one, other, rng):
+    """Where one object is from another, in words."""
+    (x1, y1), (x2, y2) = centre(one), centre(other)
+    if abs(x1 - x2) > abs(y1 - y2):
+        return rng.choice(('left of', 'to the left of') if x1 < x2 else
+                          ('right of', 'to the right of'))
+    return rng.choice(('above', 'over') if y1 < y2 else ('below', 'under'))
 
 
 def describe(objects, background, rng):
@@ -171,46 +184,30 @@ def describe(objects, background, rng):
     Large objects are named before small ones, and those of one size from left to right: as people
     do, and attention must know where to look before the word that it looks for is said.
     """
-    def phrase(o, article=True):
-        words = [o.colour, rng.choice(SHAPES[o.shape])]
-        if rng.random() < 0.6:
-            words.insert(0, rng.choice(SIZES[o.size]))
-        return ('an ' if words[0][0] in 'aeiou' else 'a ') * article + ' '.join(words)
+    def phrase(o):
+        words = f'{o.colour} {rng.choice(SHAPES[o.shape])}'
+        return f'{rng.choice(SIZES[o.size])} {words}' if rng.random() < 0.6 else words
 
-    def centre(o):
-        return (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
-
-    def place(o):
-        x, y = (int(3 * v) for v in centre(o))
-        column, row = ('left', '', 'right')[x], ('top', '', 'bottom')[y]
-        if column and row:
-            return f'in the {row} {column} corner'
-        return f'at the {row}' if row else f'on the {column}' if column else 'in the middle'
-
-    def relation(one, other):
-        (x1, y1), (x2, y2) = centre(one), centre(other)
-        if abs(x1 - x2) > abs(y1 - y2):
-            return rng.choice(('left of', 'to the left of') if x1 < x2 else
-                              ('right of', 'to the right of'))
-        return rng.choice(('above', 'over') if y1 < y2 else ('below', 'under'))
+    def article(words):
+        return f'an {words}' if words[0] in 'aeiou' else f'a {words}'
 
     order = sorted(objects, key=lambda o: (o.size, o.box[0]))  # 'large' first, then from the left
-    first, *rest = names = [phrase(o) for o in order]
+    first, *rest = [article(phrase(o)) for o in order]
     ground = f'on a {background} background'
     if not rest:
         return rng.choice((f'{first} {place(order[0])}', f'there is {first} {place(order[0])}',
                            f'{first} {ground}', f'a picture of {first}',
-                           f'one {phrase(order[0], False)} {ground}',
+                           f'one {phrase(order[0])} {ground}',
                            f'{first} sits {place(order[0])} {ground}'))
-    related = f'{relation(*order[:2])} {rest[0]}'
+    related = f'{relation(*order[:2], rng)} {rest[0]}'
     if len(rest) == 1:
         return rng.choice((f'{first} {related}', f'{first} {related}', f'{first} is {related}',
                            f'there is {first} {related}', f'{first} sits {related}',
                            f'{first} and {rest[0]} {ground}'))
-    return rng.choice((f'{first} {related} and {names[2]} {place(order[2])}',
-                       f'{first} is {related} with {names[2]} {place(order[2])}',
-                       f'there is {first} {related} and {names[2]}',
-                       f'{first} and {rest[0]} and {names[2]} {ground}'))
+    return rng.choice((f'{first} {related} and {rest[1]} {place(order[2])}',
+                       f'{first} is {related} with {rest[1]} {place(order[2])}',
+                       f'there is {first} {related} and {rest[1]}',
+                       f'{first} and {rest[0]} and {rest[1]} {ground}'))
 
 
 def make_shapes(count, seed, unseen=False):
@@ -256,19 +253,20 @@ def is_image(name):
 
 
 GITHUB = 'https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/'
-COCO = 'http://images.cocodataset.org/'
+COCO = 'http://images.cocodataset.org/zips/'
+# What downloads when no file of a name like the first column is there: address, kind of sum, sum.
+DOWNLOADS = {
+    'flickr8k': [
+        (r'.*\.jpg', GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978'),
+        (r'Flickr8k\.token\.txt|captions\.txt|dataset_flickr8k\.json',
+         GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627')],
+    'flickr30k': [],  # the images ask for a form
+    'coco': [
+        (r'COCO_train2014_.*', COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
+        (r'COCO_val2014_.*', COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
+# Karpathy's splits of all three sets, with their captions: what papers compare on.
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
             '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
-# What downloads when it is missing: (address, kind of checksum, checksum).
-DOWNLOADS = {
-    'flickr8k': {
-        'images': [(GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
-        'captions': [(GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627')]},
-    'flickr30k': {'images': [], 'captions': [KARPATHY]},
-    'coco': {
-        'images': [(COCO + 'zips/train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
-                   (COCO + 'zips/val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')],
-        'captions': [KARPATHY]}}
 # The caption files that a data set may come with; the first that is there is read.
 CAPTION_FILES = {
     'flickr8k': ('dataset_flickr8k.json', 'Flickr8k.token.txt', 'captions.txt'),
@@ -289,37 +287,40 @@ def file_digest(path, kind):
 def download(address, kind, checksum, folder):
     """Fetch a zip archive with a progress bar, check it, and unpack it into `folder`.
 
-    The file has its name only when its checksum is right (until then .part), and what is in it
+    The file has its name only when all of it is there (until then .part), and what is in it
     appears in the folder only when all is unpacked. Raises UserError, with what to do by hand.
     """
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / address.rsplit('/', 1)[1]
-    part = folder / (archive.name + '.part')
-    if not archive.exists():
+    part, unpacked = folder / (archive.name + '.part'), folder / 'unpacking.part'
+    advice = f'try again later, or get it in another way and put it into {folder}'
+    fetched = not archive.exists()
+    if fetched:
         print(f'downloading {address}')
         try:
             torch.hub.download_url_to_file(address, str(part))
-            problem = file_digest(part, kind) != checksum and f'its {kind} sum is wrong'
         except OSError as error:
-            problem = error
-        if problem:
             part.unlink(missing_ok=True)
-            raise UserError(f'cannot download {address} ({problem}): try again later, or get it '
-                            f'in another way and put it into {folder}')
+            raise UserError(f'cannot download {address} ({error}): {advice}') from None
+    if file_digest(part if fetched else archive, kind) != checksum:
+        part.unlink(missing_ok=True)
+        raise UserError(f'{archive.name} has the wrong {kind} sum: {advice}')
+    if fetched:
         os.replace(part, archive)
-    unpacked = folder / 'unpacking.part'
     shutil.rmtree(unpacked, ignore_errors=True)
     with zipfile.ZipFile(archive) as file:  # its extractall never leaves the folder
         file.extractall(unpacked)
     for item in unpacked.iterdir():
-        os.replace(item, folder / item.name)
-    unpacked.rmdir()
+        if item.name != '__MACOSX':
+            os.replace(item, folder / item.name)
+    shutil.rmtree(unpacked)
     archive.unlink()
 
 
 def list_files(folder):
-    """All files below a folder, by name."""
-    return {name: Path(place, name) for place, _, names in os.walk(folder) for name in names}
+    """All files below a folder, links followed, by name; `._*` are macOS's notes and no data."""
+    return {name: Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
+            for name in names if not name.startswith('._') and 'unpacking.part' not in place}
 
 
 def read_karpathy(path):
@@ -359,14 +360,16 @@ def read_captions(path):
     captions = {}
     with open(path, encoding='utf-8', newline='') as file:
         if path.suffix == '.csv':
-            rows = (re.match(r'(.+?)\|\s*\d+\s*\|?\s*(.*)', line) for line in file if '.jpg' in line)
-            rows = (row.groups() for row in rows if row)  # one line of it lacks its second |
+            next(file)
+            rows = (re.split(r'\|\s*\d+\s*\|?', line.strip(), maxsplit=1) for line in file)
         elif path.name == 'captions.txt':
             rows = csv.reader(file)
             next(rows)
         else:
             rows = (line.rstrip().split('\t', 1) for line in file)
         for number, row in enumerate(rows, start=1):
+            if not ''.join(row):
+                continue  # an empty line
             if len(row) != 2 or not row[1].strip():
                 raise UserError(f'{path}: caption {number} cannot be read: {row}')
             captions.setdefault(row[0].split('#')[0], []).append(row[1].strip())
@@ -402,17 +405,22 @@ def load_captions(name, root='data'):
                 'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
     folder = Path(root) / name
     files = list_files(folder)
-    if not any(map(is_image, files)):
-        if name == 'flickr30k':
-            raise UserError(f'{folder} has no images. Flickr30k is given out by its authors: fill '
-                            'in the form at https://shannon.cs.illinois.edu/DenotationGraph/ and '
-                            'unpack the images there')
-        for source in DOWNLOADS[name]['images']:
-            download(*source, folder)
-    if not any(file in files for file in CAPTION_FILES[name]):
-        for source in DOWNLOADS[name]['captions']:
+    if name == 'flickr30k' and not any(map(is_image, files)):
+        raise UserError(f'{folder} has no images. Flickr30k is given out by its authors: fill in '
+                        'the form at https://shannon.cs.illinois.edu/DenotationGraph/ and unpack '
+                        'the images there')
+    for pattern, *source in DOWNLOADS[name]:
+        if not any(re.fullmatch(pattern, file) for file in files):
             download(*source, folder)
     files = list_files(folder)
+    if f'dataset_{name}.json' not in files and 'Flickr_8k.trainImages.txt' not in files:
+        try:
+            download(*KARPATHY, folder)
+        except UserError as error:  # without it a split is drawn, where there are captions at all
+            if not any(file in files for file in CAPTION_FILES[name]):
+                raise
+            print(error)
+        files = list_files(folder)
     path = next((files[file] for file in CAPTION_FILES[name] if file in files), None)
     if path is None:
         raise UserError(f'{folder} has none of the caption files {", ".join(CAPTION_FILES[name])}')
@@ -421,12 +429,18 @@ def load_captions(name, root='data'):
     else:
         splits = read_coco(files) if name == 'coco' else split_captions(files, read_captions(path))
     wanted = {image: captions for split in splits.values() for image, captions in split.items()}
-    for bad, problem in (([x for x in wanted if x not in files], 'are missing'),
-                         ([x for x in wanted if not wanted[x]], f'have no caption in {path}')):
-        if bad or not wanted:
-            raise UserError(f'{folder}: {len(bad)} of {len(wanted)} images {problem}, such as '
-                            f'{bad[:2]}: complete the folder, or move it away to download it all')
-    return {split: [Example(files[image], captions, name=image)
+    missing = [image for image in wanted if image not in files]
+    if missing or not wanted:
+        raise UserError(f'{folder}: {len(missing)} of {len(wanted)} images with captions are '
+                        f'missing, such as {missing[:2]}: complete the folder, or move it away to '
+                        'have it downloaded')
+    silent = [image for image in wanted if not wanted[image]]
+    if silent:
+        raise UserError(f'{path} has no caption for {len(silent)} images, such as {silent[:2]}')
+
+    def name_of(image):  # COCO knows its images by the number in their names
+        return int(image[-16:-4]) if re.fullmatch(r'COCO_.*_\d{12}\.jpg', image) else image
+    return {split: [Example(files[image], captions, name=name_of(image))
                     for image, captions in splits[split].items()] for split in splits}
 
 
@@ -481,24 +495,25 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
 
     encode maps image tensors (B, 3, size, size) to features (B, L, D), which are kept as float16
     in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
-    are. The file's name ends in a digest of `label` (which encoder), the size and the images, so a
-    cache is never taken for another's. Drawn images stay in memory.
+    are, those of drawn images in memory. The file's name ends in a digest of `label` (which
+    encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
     """
     sources = [example.image for example in examples]
-    if encode is None and isinstance(sources[0], np.ndarray):
+    drawn = isinstance(sources[0], np.ndarray)
+    if encode is None and drawn:
         return np.concatenate([b.numpy() for b in image_batches(sources, size)])
-    names = [str(x.name) for x in examples]
-    digest = hashlib.sha256(json.dumps([label, size, names]).encode()).hexdigest()[:12]
+    known = [hashlib.md5(x).hexdigest() if drawn else [x.name, x.stat().st_size] for x in sources]
+    digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     if path.exists():
         try:
-            array = np.load(path, mmap_mode='r')
-            if len(array) == len(examples):
-                return array
+            return np.load(path, mmap_mode='r')
         except (ValueError, OSError, EOFError):
             print(f'{path} is damaged and is made again')
+    print(f'computing {path} for {len(examples)} images')
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, array, done = path.with_name(path.name + '.part'), None, 0
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')  # another run may write the same
+    array, done = None, 0
     for images in image_batches(sources, size):
         rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
         if array is None:
@@ -507,7 +522,9 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
         array[done:done + len(rows)] = rows
         done += len(rows)
         if sys.stdout.isatty():
-            print(f'\rreading images: {done}/{len(sources)}', end='\n' * (done == len(sources)))
+            print(f'\r{done}/{len(sources)} ', end='', flush=True)
+    if sys.stdout.isatty():
+        print('\r', end='')
     array.flush()
     os.replace(part, path)
     return np.load(path, mmap_mode='r')

@@ -14,7 +14,6 @@ LSTM's state, E word embedding, y words. A line that changes a shape ends with i
 import hashlib
 import os
 import zipfile
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -79,10 +78,10 @@ class Coordinates(nn.Module):
     """Appends each pixel's x and y in -1..1 as channels, so that features know where they are."""
 
     def forward(self, images):
-        """Images (B, C, H, W) -> (B, C+2, H, W)."""
-        B, _, H, W = images.shape
-        x = torch.linspace(-1, 1, W, device=images.device).expand(B, 1, H, W)
-        y = torch.linspace(-1, 1, H, device=images.device).unsqueeze(1).expand(B, 1, H, W)
+        """Images (B, 3, rows, columns) -> (B, 5, rows, columns)."""
+        B, _, rows, columns = images.shape
+        x = torch.linspace(-1, 1, columns, device=images.device).expand(B, 1, rows, columns)
+        y = torch.linspace(-1, 1, rows, device=images.device).view(rows, 1).expand_as(x)
         return torch.cat([images, x, y], dim=1)
 
 
@@ -100,7 +99,7 @@ def tiny_cnn():
 
 
 def torchvision_cnn(name, pretrained=True):
-    """A torchvision classifier's feature map: all its layers before the pooling.
+    """A torchvision classifier's layers before the pooling, and a name for its weights.
 
     vgg19 ends after conv5_4 and its ReLU, before the last max pool, as in the paper.
     Raises UserError for a name that torchvision has not, or when the weights cannot be had.
@@ -116,19 +115,20 @@ def torchvision_cnn(name, pretrained=True):
         raise UserError(f'cannot get the weights of {name} ({error}): download {weights.url} '
                         f'and put it into {folder}') from None
     if hasattr(cnn, 'layer4'):  # resnet, resnext, wide_resnet
-        return nn.Sequential(cnn.conv1, cnn.bn1, cnn.relu, cnn.maxpool,
-                             cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4)
-    if hasattr(cnn, 'trunk_output'):  # regnet
-        return nn.Sequential(cnn.stem, cnn.trunk_output)
-    if not isinstance(getattr(cnn, 'features', None), nn.Sequential):
+        layers = [cnn.conv1, cnn.bn1, cnn.relu, cnn.maxpool,
+                  cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4]
+    elif hasattr(cnn, 'trunk_output'):  # regnet
+        layers = [cnn.stem, cnn.trunk_output]
+    elif isinstance(getattr(cnn, 'features', None), nn.Sequential) and 'swin' not in name:
+        layers = list(cnn.features)
+    else:
         raise UserError(f'{name} has no feature map that attention could look at: '
                         'give a CNN such as vgg19, resnet50, densenet121 or efficientnet_b0')
-    layers = list(cnn.features)
     if isinstance(layers[-1], nn.MaxPool2d):  # vgg, alexnet
         layers = layers[:-1]
     if name.startswith('densenet'):  # its last ReLU is not a layer of its own
         layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers), f'{name}-{Path(weights.url).stem}' if weights else name
 
 
 class Encoder(nn.Module):
@@ -147,23 +147,25 @@ class Encoder(nn.Module):
         super().__init__()
         self.name, self.image_size = str(name), image_size
         self.trainable = self.name == 'tiny' if trainable is None else trainable
-        self.key = self.name
         if self.name == 'tiny':
-            self.cnn = tiny_cnn()
+            self.cnn, self.key = tiny_cnn(), 'tiny'
         elif self.name.endswith('.pt2'):
             self.cnn, self.key = self.load_exported(self.name)
         else:
-            self.cnn = torchvision_cnn(self.name, pretrained)
+            self.cnn, self.key = torchvision_cnn(self.name, pretrained)
         self.cnn.requires_grad_(self.trainable)
         self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
         self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
         self.eval()
         with torch.no_grad():
             try:
-                features = self.cnn(torch.zeros(2, 3, image_size, image_size))  # (2, D, h, w)
-            except RuntimeError as error:
-                raise UserError(f'the encoder {name} cannot take images of {image_size} x '
+                features = self.cnn(torch.zeros(2, 3, image_size, image_size))
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(f'the encoder {name} cannot take two images of {image_size} x '
                                 f'{image_size} pixels (--image-size): {error}') from None
+        if features.dim() != 4:
+            raise UserError(f'the encoder {name} returns {tuple(features.shape)} for two images, '
+                            'and not a map (B, D, rows, columns)')
         self.feature_dim, self.grid = features.shape[1], tuple(features.shape[2:])
 
     def load_exported(self, path):
@@ -212,7 +214,7 @@ class CaptionerConfig:
     hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
 
 
-class Teacher(NamedTuple):
+class Output(NamedTuple):
     """What the teacher-forced pass returns; attention is None with attn='none'."""
     logits: torch.Tensor                      # (B, T, V)
     alphas: Optional[torch.Tensor] = None     # (B, T, L)
@@ -220,7 +222,7 @@ class Teacher(NamedTuple):
     log_p_s: Optional[torch.Tensor] = None    # (B, T), hard attention only
 
 
-class Attended(NamedTuple):
+class Look(NamedTuple):
     """One step's look at the image."""
     z: torch.Tensor                           # (B, D), after the gate
     alpha: torch.Tensor                       # (B, L)
@@ -277,29 +279,26 @@ class Captioner(nn.Module):
 
         Wy (B, gates * H) is the cell's input from the word y_{t-1}; keys and a as in `start`.
         s and expected are hard attention's choice, see `hard_context`.
-        Returns the new state and Attended (None with attn='none').
+        Returns the new state and the Look (None with attn='none').
         """
         if self.config.attn == 'none':
             return self.cell.step(Wy, state), None
         h = state[0]
         alpha = self.attention(keys, h)  # (B, L)
-        log_p_s = None
-        if self.config.attn == 'soft':
-            z = soft_context(alpha, a)  # (B, D)
-        elif self.training or s is not None:
-            z, log_p_s = hard_context(alpha, a, s, expected)
-        elif self.config.hard_decode == 'argmax':
-            z, log_p_s = hard_context(alpha, a, alpha.argmax(dim=1))
+        captioning = not self.training and s is None
+        if self.config.attn == 'soft' or captioning and self.config.hard_decode == 'expected':
+            z, log_p_s = soft_context(alpha, a), None  # (B, D)
         else:
-            z = soft_context(alpha, a)
+            s = alpha.argmax(dim=1) if captioning else s
+            z, log_p_s = hard_context(alpha, a, s, expected)
         beta = torch.sigmoid(self.f_beta(h))  # (B, 1), section 4.2.1
         z = beta * z
         # W_z z is the third part of eq. (1)'s matrix product, beside the word's and the state's.
         state = self.cell.step(Wy + self.W_z(z), state)
-        return state, Attended(z, alpha, beta.squeeze(1), log_p_s)
+        return state, Look(z, alpha, beta.squeeze(1), log_p_s)
 
     def logits(self, y, h, z=None):
-        """Deep output layer, eq. (7): embedded words y (..., M), h (..., H), z (..., D) -> (..., V).
+        """Deep output layer, eq. (7): words y (..., M), h (..., H), z (..., D) -> (..., V).
 
         The tanh is in the authors' program and not in the paper's equation; the scores of the
         paper's table come from the program.
@@ -315,22 +314,22 @@ class Captioner(nn.Module):
         a (B, L, D); captions (B, T+1) word ids from <start> to <end>. For hard attention,
         s (B, T) fixes the locations (by default they are sampled in training mode and follow
         config.hard_decode in evaluation mode), and words where expected (B, T) is true use the
-        expectation in place of a sample. Returns a Teacher.
+        expectation in place of a sample. Returns an Output.
         """
         y = self.E(captions[:, :-1])  # (B, T, M)
         keys, state = self.start(a)
         h, looks = [], []
         for t, Wy in enumerate(self.cell.W(y).unbind(1)):  # the words' part, for all t at once
             choice = (x if x is None else x[:, t] for x in (s, expected))
-            state, attended = self.step(Wy, keys, a, state, *choice)
+            state, look = self.step(Wy, keys, a, state, *choice)
             h.append(state[0])
-            looks.append(attended)
+            looks.append(look)
         h = torch.stack(h, dim=1)  # (B, T, H)
         if self.config.attn == 'none':
-            return Teacher(self.logits(y, h))
+            return Output(self.logits(y, h))
         z, alphas, betas, log_p_s = (None if part[0] is None else torch.stack(part, dim=1)
                                      for part in zip(*looks))
-        return Teacher(self.logits(y, h, z), alphas, betas, log_p_s)
+        return Output(self.logits(y, h, z), alphas, betas, log_p_s)
 
     @torch.no_grad()
     def beam_search(self, a, beam_size=3, max_len=30, length_penalty=0.0):
@@ -341,7 +340,8 @@ class Captioner(nn.Module):
         log_prob / len(tokens) ** length_penalty. As in the authors' program, an image's beam
         narrows by one whenever a caption ends. <unk> is never said.
         """
-        assert beam_size >= 1 and max_len >= 1, 'beam_size and max_len must be at least 1'
+        if beam_size < 1 or max_len < 1:
+            raise ValueError('beam_size and max_len must be at least 1')
         B, K, V = len(a), beam_size, self.config.vocab_size
         keys, state = self.start(a)
         keys, a, *state = (x if x is None else x.repeat_interleave(K, dim=0)
@@ -349,7 +349,7 @@ class Captioner(nn.Module):
         words = a.new_full((B * K,), START, dtype=torch.long)
         score = a.new_full((B, K), -torch.inf)  # log p of each live beam; all but one are equal
         score[:, 0] = 0
-        places = torch.full((B, 1), K, device=a.device)  # beams that have not ended
+        open_beams = torch.full((B, 1), K, device=a.device)  # beams that have not ended
         rank = torch.arange(K, device=a.device)
         first = torch.arange(B, device=a.device).unsqueeze(1) * K  # (B, 1), row of beam 0
         trace = []
@@ -361,10 +361,10 @@ class Captioner(nn.Module):
             total = (score.view(B * K, 1) + log_p).view(B, K * V)
             score, best = total.topk(K, dim=1)  # (B, K), best first
             parent, words = best // V, best % V  # (B, K)
-            kept = (rank < places) & (score > -torch.inf)
+            kept = (rank < open_beams) & (score > -torch.inf)
             ended = kept & (words == END)
             trace.append((words, parent, score, ended, kept & ~ended, look))
-            places = places - ended.sum(dim=1, keepdim=True)
+            open_beams = open_beams - ended.sum(dim=1, keepdim=True)
             score = score.masked_fill(ended | ~kept, -torch.inf)
             rows, words = (first + parent).flatten(), words.flatten()
             state = [x[rows] for x in state]
@@ -436,14 +436,17 @@ def read_checkpoint(path, device='cpu'):
 
 
 def load_checkpoint(path, device='cpu'):
-    """Rebuild from a checkpoint -> captioner, encoder (both in evaluation mode), vocabulary, settings."""
+    """Rebuild what a checkpoint holds -> captioner, encoder, vocabulary, settings.
+
+    The first two are on `device` and in evaluation mode. Raises UserError as `read_checkpoint`.
+    """
     checkpoint = read_checkpoint(path, device)
     name, size, key, weights = (checkpoint['encoder'][k]
                                 for k in ('name', 'image_size', 'key', 'weights'))
     if name.endswith('.pt2') and not Path(name).exists():
         name = str(Path(path).with_name(Path(name).name))
     encoder = Encoder(name, size, trainable=weights is not None, pretrained=weights is None)
-    if encoder.key != key:
+    if weights is None and encoder.key != key:
         raise UserError(f'{name} is not the encoder that {path} was trained with')
     if weights is not None:
         encoder.load_state_dict(weights)
@@ -451,3 +454,15 @@ def load_checkpoint(path, device='cpu'):
     captioner.load_state_dict(checkpoint['captioner'])
     return (captioner.to(device).eval(), encoder.to(device).eval(),
             Vocabulary(checkpoint['words']), checkpoint['settings'])
+
+
+def pick_device(name=''):
+    """Device by name, or the best there is: cuda, mps or cpu. Raises UserError without it."""
+    if not name:
+        name = ('cuda' if torch.cuda.is_available() else
+                'mps' if torch.backends.mps.is_available() else 'cpu')
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name} cannot be used here: {str(error)[:100]}') from None
+    return torch.device(name)

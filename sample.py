@@ -17,25 +17,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data import UserError, is_image, load_image, open_image, run_command
-from model import load_checkpoint
+from model import load_checkpoint, pick_device
 
-PANEL, LABEL, GAP = 224, 30, 6  # pixels: side of a panel, height of its label, space between
+PANEL, LABEL, GAP = 224, 30, 6  # pixels: width of a panel, height of its label, space between
 
 
 def attention_map(alpha, grid, size):
-    """Weights alpha (L,) -> array (size, size) in 0..1, smoothly upsampled from the grid.
+    """Weights alpha (L,) -> array (height, width) in 0..1, smoothly upsampled from the grid.
 
-    Divided by the largest value, so that a flat map is bright all over and a sharp one is a spot.
+    size is (width, height). Divided by the largest value, so that a flat map is bright all over
+    and a sharp one is a spot.
     """
     alpha = np.asarray(alpha, dtype=np.float32).reshape(grid)
     small = Image.fromarray((255 * alpha / alpha.max()).astype(np.uint8))
-    blur = ImageFilter.GaussianBlur(size / max(grid) / 3)
-    weights = np.asarray(small.resize((size, size), Image.BICUBIC).filter(blur), dtype=np.float32)
+    blur = ImageFilter.GaussianBlur(max(size) / max(grid) / 3)
+    weights = np.asarray(small.resize(size, Image.BICUBIC).filter(blur), dtype=np.float32)
     return weights / weights.max()
 
 
 def under_attention(image, weights):
-    """Picture (S, S) and weights (S, S) in 0..1 -> the picture, dark but where the model looked."""
+    """PIL picture, weights (height, width) in 0..1 -> the picture, lit where the model looked."""
     pixels, m = np.asarray(image, dtype=np.float32), weights[:, :, None]
     dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
     return Image.fromarray((dark + m * (bright - dark)).clip(0, 255).astype(np.uint8))
@@ -48,24 +49,25 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
     None for a model without attention, which leaves the image and the caption; grid: (rows,
     columns) of the L locations. Each panel has its word and the gate beta (section 4.2.1).
     """
-    image = image.resize((PANEL, PANEL), Image.BICUBIC)
-    panels = [(image, '', '')]
+    shape = min(max(image.height / image.width, 0.5), 2)  # very long pictures are squeezed
+    image = image.resize((PANEL, round(PANEL * shape)), Image.BICUBIC)
+    panels = [(image, '' if words else '(no words)', '')]
     if alphas is None:
-        panels += [(None, word, '') for word in words]
+        panels = [(image, ' '.join(words), '')]
     else:
-        panels += [(under_attention(image, attention_map(alpha, grid, PANEL)), word, f'{beta:.2f}')
-                   for word, alpha, beta in zip(words, alphas, betas)]
-    rows = -(-len(panels) // columns)
-    width, height = PANEL + GAP, PANEL + LABEL + GAP
-    sheet = Image.new('RGB', (min(len(panels), columns) * width + GAP, rows * height + GAP), 'white')
-    draw = ImageDraw.Draw(sheet)
+        panels += [(under_attention(image, attention_map(alpha, grid, image.size)), word,
+                    f'beta {beta:.2f}') for word, alpha, beta in zip(words, alphas, betas)]
     big, small = ImageFont.load_default(20), ImageFont.load_default(13)
+    across, down = min(len(panels), columns), -(-len(panels) // columns)
+    width = max(across * (PANEL + GAP), round(big.getlength(panels[0][1])) + GAP) + GAP
+    height = image.height + LABEL + GAP
+    sheet = Image.new('RGB', (width, down * height + GAP), 'white')
+    draw = ImageDraw.Draw(sheet)
     for i, (panel, word, beta) in enumerate(panels):
-        x, y = GAP + i % columns * width, GAP + i // columns * height
+        x, y = GAP + i % columns * (PANEL + GAP), GAP + i // columns * height
         draw.text((x + 2, y + LABEL - 6), word, 'black', big, anchor='ls')
-        draw.text((x + PANEL - 2, y + LABEL - 6), beta and f'beta {beta}', 'grey', small, anchor='rs')
-        if panel:
-            sheet.paste(panel, (x, y + LABEL))
+        draw.text((x + PANEL - 2, y + LABEL - 6), beta, 'grey', small, anchor='rs')
+        sheet.paste(panel, (x, y + LABEL))
     return sheet
 
 
@@ -107,13 +109,12 @@ def parse_arguments():
     parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of text')
     parser.add_argument('--batch-size', type=int, default=32, help='images captioned at once')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu',
-                        help='where to compute [%(default)s]')
+    parser.add_argument('--device', default='', help='cpu, cuda or mps (default: the best)')
     return parser.parse_args()
 
 
 def read_images(paths, size):
-    """Load what can be loaded -> paths, tensor (B, 3, size, size) and a line for each other file."""
+    """Load images -> paths and tensor (B, 3, size, size) of those that can be, other problems."""
     good, images, problems = [], [], []
     for path in paths:
         try:
@@ -124,11 +125,26 @@ def read_images(paths, size):
     return good, torch.from_numpy(np.stack(images)) if images else None, problems
 
 
+def save_picture(path, out, taken, *drawing):
+    """Draw and save path's attention in the folder `out`, under a name that is not taken yet."""
+    picture = Path(out or path.parent) / f'{path.stem}.attention.png'
+    if picture in taken:  # of photo.jpg, when the pictures were of photo.png
+        picture = picture.with_name(f'{path.name}.attention.png')
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_attention(open_image(path), *drawing).save(picture)
+    except OSError as error:
+        raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for the '
+                        'pictures with --out') from None
+    return picture
+
+
 def main():
     """Caption all images in batches, print as they come, and draw."""
     args = parse_arguments()
     checkpoint = args.checkpoint or newest_checkpoint()
-    captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, args.device)
+    device = pick_device(args.device)
+    captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device)
     captioner.config.hard_decode = args.hard_decode or captioner.config.hard_decode
     beam = settings['beam'] if args.beam is None else args.beam
     penalty = settings['length_penalty'] if args.length_penalty is None else args.length_penalty
@@ -136,29 +152,31 @@ def main():
         raise UserError(f'--beam {beam}: it must be from 1 to the {len(vocabulary)} words of the '
                         'vocabulary')
     print(f'model: {checkpoint}', file=sys.stderr)
-    paths, results, problems = image_paths(args.images), [], []
+    paths, results, problems, taken = image_paths(args.images), [], [], set()
     for i in range(0, len(paths), args.batch_size):
         batch, images, broken = read_images(paths[i:i + args.batch_size], encoder.image_size)
         problems += broken
         if not batch:
             continue
         with torch.inference_mode():
-            a = encoder(images.to(args.device))
-            found = captioner.beam_search(a, beam, args.max_len, penalty)
+            found = captioner.beam_search(encoder(images.to(device)), beam, args.max_len, penalty)
         for path, hypotheses in zip(batch, found):
             captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)), 'log_prob': h.log_prob}
                         for h in hypotheses[:args.top]]
+            results.append({'image': str(path), 'captions': captions})
+            if not args.json:
+                for c in captions:
+                    log_prob = f"  ({c['log_prob']:.2f})" if args.top > 1 else ''
+                    print(f"{path}: {c['caption']}{log_prob}")
             best = hypotheses[0]
-            picture = Path(args.out or path.parent) / f'{path.stem}.attention.png'
             try:
-                draw_attention(open_image(path), vocabulary.decode(best.tokens), best.alphas,
-                               best.betas, encoder.grid).save(picture)
-            except OSError as error:
-                raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for '
-                                'the pictures with --out') from None
-            results.append({'image': str(path), 'captions': captions, 'picture': str(picture)})
-            for c in [] if args.json else captions:
-                print(f"{path}: {c['caption']}" + f"  ({c['log_prob']:.2f})" * (args.top > 1))
+                picture = save_picture(path, args.out, taken, vocabulary.decode(best.tokens),
+                                       best.alphas, best.betas, encoder.grid)
+            except UserError as error:
+                problems.append(str(error))
+            else:
+                taken.add(picture)
+                results[-1]['picture'] = str(picture)
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if problems:

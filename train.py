@@ -11,7 +11,6 @@ Paper sections 4.2.1 and 4.3 (training), 5 (experiments).
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -27,8 +26,8 @@ from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, human_score, score, tokenize
 from data import (END, START, UserError, Vocabulary, cache_arrays, length_batches, load_captions,
                   open_image, pointing, run_command)
-from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, read_checkpoint,
-                   save_checkpoint)
+from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, pick_device,
+                   read_checkpoint, save_checkpoint)
 from sample import draw_attention
 
 
@@ -59,7 +58,7 @@ class Settings:
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(4, 'vocabulary: words seen at least this often')
     # loss
-    lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14)')
+    lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14); paper: 1')
     lambda_r: float = setting(0.1, 'hard: weight of the REINFORCE term, eq. (12)')
     lambda_h: float = setting(0.02, 'hard: weight of the entropy term, eq. (12)')
     samples: int = setting(1, 'hard: samples a caption; above 1 the others are its baseline')
@@ -70,8 +69,8 @@ class Settings:
     lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(10, 'epochs at most')
-    patience: int = setting(4, 'stop after this many epochs without a better validation BLEU-4')
+    epochs: int = setting(6, 'epochs at most')
+    patience: int = setting(3, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
     device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
@@ -84,7 +83,7 @@ class Settings:
 
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
 SHAPES = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
-              dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100, epochs=12,
+              dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100, epochs=4,
               beam=3, hard_decode='argmax', lambda_ds=0.0)
 
 # Table 1 of the paper: BLEU-1..4, METEOR.
@@ -99,28 +98,38 @@ PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
          ('coco', 'hard'): (71.8, 50.4, 35.7, 25.0, 23.04)}
 
 
+# What a model is: a run that goes on, or that is scored, cannot have another.
+FIXED = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
+         'attn_dim', 'dropout', 'max_words', 'min_count')
+
+
 def parse_settings():
     """Command line -> Settings, and the flags that are no settings: resume, eval, split."""
     parser = argparse.ArgumentParser(description='Train or evaluate a captioner.')
     for f in fields(Settings):
-        flag, text = '--' + f.name.replace('_', '-'), f.metadata['help'] + ' [%(default)s]'
-        if f.type is bool:
-            parser.add_argument(flag, action='store_true', help=f.metadata['help'])
-        else:
-            parser.add_argument(flag, type=f.type, default=f.default,
-                                choices=f.metadata['choices'], help=text)
+        kind = {'action': argparse.BooleanOptionalAction} if f.type is bool else {
+            'type': f.type, 'choices': f.metadata['choices']}
+        parser.add_argument('--' + f.name.replace('_', '-'), default=f.default, **kind,
+                            help=f'{f.metadata["help"]} [%(default)s]')
     parser.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
     parser.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
-                        help='split that --eval scores')
+                        help='split that --eval scores [%(default)s]')
     first, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ('-h', '--help')])
     if first.data == 'shapes':
         parser.set_defaults(**SHAPES)
+    saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        parser.set_defaults(**read_checkpoint(checkpoint_of(first))['settings'])
+        saved = read_checkpoint(checkpoint_of(first))['settings']
+        parser.set_defaults(**saved)
     args = parser.parse_args()
-    names = [f.name for f in fields(Settings)]
-    return Settings(**{name: getattr(args, name) for name in names}), args
+    for name in ('epochs', 'patience', 'beam', 'max_len', 'batch_size', 'samples'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1')
+    for name in FIXED if saved else ():
+        if getattr(args, name) != saved[name]:
+            parser.error(f'--{name.replace("_", "-")} is {saved[name]} in this run')
+    return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
 
 
 def checkpoint_of(args):
@@ -132,7 +141,8 @@ def checkpoint_of(args):
 # ------------------------------------------------------------------------------------ scoring
 def caption_images(captioner, encoder, images, s):
     """The best Hypothesis for each row of `images` (cached features or pixels), in order."""
-    captioner.eval(), encoder.eval()
+    captioner.eval()
+    encoder.eval()
     device, found = next(captioner.parameters()).device, []
     with torch.no_grad():
         for i in range(0, len(images), 50):
@@ -143,10 +153,10 @@ def caption_images(captioner, encoder, images, s):
 
 
 def image_arrays(encoder, examples, s):
-    """Images as arrays: features of a frozen CNN, made once and cached; pixels for one that learns."""
+    """The images as an array: features of a frozen CNN, cached; pixels for a CNN that learns."""
     if encoder.trainable:
-        return cache_arrays(examples, s.image_size, s.cache_dir, 'pixels')
-    return cache_arrays(examples, s.image_size, s.cache_dir, encoder.key,
+        return cache_arrays(examples, encoder.image_size, s.cache_dir, 'pixels')
+    return cache_arrays(examples, encoder.image_size, s.cache_dir, encoder.key,
                         lambda images: encoder(images.to(encoder.mean.device)))
 
 
@@ -156,50 +166,64 @@ def annotations(encoder, rows, device):
     return rows.float() if rows.dim() == 3 else encoder(rows)
 
 
-def token_lists(examples, found, vocabulary, s):
-    """References and hypotheses as lists of words, the way that the scores count them."""
-    references = [[tokenize(c, s.punctuation) for c in x.captions] for x in examples]
-    hypotheses = [vocabulary.decode(h.tokens) + ['.'] * s.punctuation for h in found]
-    return references, hypotheses
+def reference_words(examples, s):
+    """For each image the captions that people gave it, as lists of the words that count."""
+    return [[tokenize(c, s.punctuation) for c in x.captions] for x in examples]
+
+
+def hypothesis_words(found, vocabulary, s):
+    """The model's captions likewise; where punctuation counts, each gets its full stop."""
+    stop = ['.'] if s.punctuation else []
+    return [vocabulary.decode(h.tokens) + stop for h in found]
 
 
 def pointing_rate(examples, found, vocabulary, grid):
-    """Share of object words, in per cent, at which attention lies on the object (shapes only)."""
-    counts = [pointing(vocabulary.decode(h.tokens), h.alphas, x.objects, grid)
-              for x, h in zip(examples, found) if h.alphas is not None]
-    hits, nouns = (sum(part) for part in zip(*counts)) if counts else (0, 0)
+    """Share of object words, in per cent, at which attention lies on the object (shapes only).
+
+    None where no caption has such a word, or the model has no attention.
+    """
+    hits = nouns = 0
+    for example, h in zip(examples, found):
+        if example.objects and h.alphas is not None:
+            hit, noun = pointing(vocabulary.decode(h.tokens), h.alphas, example.objects, grid)
+            hits, nouns = hits + hit, nouns + noun
     return 100 * hits / nouns if nouns else None
 
 
 def print_row(label, columns):
     """One row of the table; a column that is None is a dash."""
-    print(f'{label:34}' + ''.join('      -' if x is None else f'{x:7.2f}' for x in columns))
+    print(f'{label:32}' + ''.join('       -' if x is None else f'{x:8.2f}' for x in columns))
 
 
 def report(captioner, encoder, vocabulary, s, split, examples, folder):
     """Caption a split, write a COCO results file, and print its row beside the paper's."""
     began = time.time()
     found = caption_images(captioner, encoder, image_arrays(encoder, examples, s), s)
-    references, hypotheses = token_lists(examples, found, vocabulary, s)
-    # COCO's files know an image by the number in its name, others by the name.
-    ids = [int(x.name[-16:-4]) if x.name.startswith('COCO_') else x.name for x in examples]
+    references, hypotheses = reference_words(examples, s), hypothesis_words(found, vocabulary, s)
+    captions = [' '.join(vocabulary.decode(h.tokens)) for h in found]
     for name, content in (
-            ('results', [{'image_id': i, 'caption': ' '.join(vocabulary.decode(h.tokens))}
-                         for i, h in zip(ids, found)]),
-            ('references', {i: x.captions for i, x in zip(ids, examples)})):
+            ('results', [{'image_id': x.name, 'caption': c} for x, c in zip(examples, captions)]),
+            ('references', {x.name: x.captions for x in examples})):
         with open(folder / f'{split}-{name}.json', 'w', encoding='utf-8') as file:
             json.dump(content, file, indent=0, ensure_ascii=False)
-    print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, length '
-          f'penalty {s.length_penalty}, {"with punctuation" if s.punctuation else "words alone"}')
-    print(f'{"":34}     B1     B2     B3     B4 METEOR' + '  pointing' * (s.data == 'shapes'))
-    point = [pointing_rate(examples, found, vocabulary, encoder.grid)] * (s.data == 'shapes')
-    print_row(f'this model ({s.attn} attention)', score(references, hypotheses) + point)
+
+    print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, '
+          f'length penalty {s.length_penalty}, '
+          f'{"punctuation counts" if s.punctuation else "words alone"}')
+    header, row = ['B1', 'B2', 'B3', 'B4', 'METEOR'], score(references, hypotheses)
+    if s.data == 'shapes':
+        header.append('pointing')
+        row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
+    print(' ' * 32 + ''.join(f'{x:>8}' for x in header))
+    print_row(f'this model ({s.attn} attention)', row)
     if (s.data, s.attn) in PAPER:
-        print_row('the paper' if s.attn != 'none' else 'the paper (Google NIC)', PAPER[s.data, s.attn])
-    print_row('people, one against the others', human_score(references))
-    penalised = bleu(references, hypotheses)
-    print(f'BLEU has no brevity penalty, as in the paper; with it BLEU-4 is {penalised[3]:.2f}. '
-          f'METEOR is NLTK\'s with METEOR 1.5 parameters. {time.time() - began:.0f} s.')
+        print_row('the paper' + (' (Google NIC)' if s.attn == 'none' else ''), PAPER[s.data, s.attn])
+    people = human_score(references)
+    if people:
+        print_row('people, one against the others', people)
+    print(f'BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
+          f'{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK\'s with the parameters of METEOR '
+          f'1.5. {time.time() - began:.0f} s.')
 
 
 # ------------------------------------------------------------------------------------ training
@@ -236,14 +260,6 @@ def batch_loss(captioner, a, captions, s, baseline):
     return loss, {key: value.detach() for key, value in ({'loss': loss} | numbers).items()}
 
 
-def pick_device(name):
-    """Device by name, or the best there is. Raises UserError if it cannot be had."""
-    mps = torch.backends.mps.is_available()
-    if name.startswith('cuda') and not torch.cuda.is_available() or name == 'mps' and not mps:
-        raise UserError(f'--device {name}: this machine or this build of PyTorch has none')
-    return torch.device(name or ('cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'))
-
-
 def new_folder(s):
     """Make a run's folder without touching an older run."""
     base, number = s.name or f'{s.data}-{s.attn}', 1
@@ -256,10 +272,9 @@ def new_folder(s):
             number += 1
 
 
-def build(s, splits, device):
-    """A new captioner, encoder and vocabulary for these settings."""
+def build(s, captions, device):
+    """A new captioner, encoder and vocabulary (of the captions, lists of words) for settings s."""
     torch.manual_seed(s.seed)
-    captions = [tokenize(c) for x in splits['train'] for c in x.captions]
     vocabulary = Vocabulary.build(captions, s.max_words, s.min_count)
     encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
@@ -285,19 +300,22 @@ def main():
     device = pick_device(s.device)
     splits = load_captions(s.data, s.data_dir)
     if args.eval:
-        captioner, encoder, vocabulary, _ = load_checkpoint(checkpoint_of(args), device)
+        path = checkpoint_of(args)
+        captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
         captioner.config.hard_decode = s.hard_decode
         if args.split not in splits:
             raise UserError(f'{s.data} has no split {args.split}')
-        folder = Path(args.eval) if Path(args.eval).is_dir() else Path(args.eval).parent
-        return report(captioner, encoder, vocabulary, s, args.split, splits[args.split], folder)
+        return report(captioner, encoder, vocabulary, s, args.split, splits[args.split],
+                      path.parent)
 
+    captions = [tokenize(c) for x in splits['train'] for c in x.captions]
     if args.resume:
         folder = checkpoint_of(args).parent
         captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'last.pt', device)
+        captioner.config.hard_decode = s.hard_decode
         state = read_checkpoint(folder / 'last.pt')['training']
     else:
-        captioner, encoder, vocabulary = build(s, splits, device)
+        captioner, encoder, vocabulary = build(s, captions, device)
         folder = new_folder(s)
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
                  'totals': {}}
@@ -305,18 +323,19 @@ def main():
     if encoder.trainable:
         groups.append({'params': list(encoder.parameters()), 'lr': s.encoder_lr})
     optimizer = {'adam': torch.optim.Adam, 'rmsprop': torch.optim.RMSprop}[s.optimizer](groups)
-    rates = [group['lr'] for group in optimizer.param_groups]
+    rates = [group['lr'] for group in groups]
     if args.resume:
         optimizer.load_state_dict(state['optimizer'])
         torch.set_rng_state(state['random'])
+        if device.type == 'cuda':
+            torch.cuda.set_rng_state(state['cuda_random'], device)
 
     images = {name: image_arrays(encoder, splits[name], s) for name in ('train', 'val')}
-    ids = [[START, *vocabulary.encode(tokenize(c)), END]
-           for x in splits['train'] for c in x.captions]
+    ids = [[START, *vocabulary.encode(words), END] for words in captions]
     owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
     lengths = np.array([len(words) for words in ids])
-    references, _ = token_lists(splits['val'], [], vocabulary, s)
-    weights = sum(p.numel() for g in groups for p in g['params'])
+    references = reference_words(splits['val'], s)
+    weights = sum(p.numel() for group in groups for p in group['params'])
     print(f'{s.data}: {len(splits["train"])} training images, {len(ids)} captions, '
           f'{len(vocabulary)} words\n{s.attn} attention, encoder {encoder.key} with '
           f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, {weights:,} '
@@ -324,25 +343,31 @@ def main():
 
     def save_last():
         state.update(optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+        if device.type == 'cuda':
+            state['cuda_random'] = torch.cuda.get_rng_state(device)
         save_checkpoint(folder / 'last.pt', captioner, encoder, vocabulary, asdict(s),
                         training=state)
 
     stop = []
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True))  # Ctrl-C ends after the step
-    per_epoch = len(length_batches(lengths, s.batch_size, np.random.default_rng(0)))
-    began, steps_done = time.time(), 0
+
+    def stop_after_step(*_):  # Ctrl-C ends the run after its step; a second one ends it at once
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, stop_after_step)
+    began, steps_done, speed, left = time.time(), 0, 0.0, 0.0
     while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
         batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
-        captioner.train(), encoder.train()
+        captioner.train()
+        encoder.train()
         for step in range(state['step'], len(batches)):
             batch = batches[step]
             share = (epoch + step / len(batches)) / s.epochs  # of the training that is done
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * share))
             a = annotations(encoder, images['train'][owner[batch]], device)
-            captions = torch.tensor([ids[i] for i in batch], device=device)
-            loss, numbers = batch_loss(captioner, a, captions, s, state['baseline'])
+            words = torch.tensor([ids[i] for i in batch], device=device)  # (B, T+1)
+            loss, numbers = batch_loss(captioner, a, words, s, state['baseline'])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in groups:
@@ -355,24 +380,28 @@ def main():
             state['step'], steps_done = step + 1, steps_done + 1
             captions_done += len(batch)
             speed = captions_done / (time.time() - epoch_began)
-            left = (time.time() - began) / steps_done * ((s.epochs - epoch) * per_epoch - step)
+            left = (time.time() - began) / steps_done * ((s.epochs - epoch) * len(batches) - step)
             if sys.stdout.isatty() and step % 10 == 0:
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
-                      f'{float(loss):.2f}  {speed:.0f} captions/s  '
-                      f'{left / 60:.1f} min left ', end='', flush=True)
+                      f'{float(loss):.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
+                      end='', flush=True)
             if stop:
                 save_last()
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
                 sys.exit(130)
 
         found = caption_images(captioner, encoder, images['val'], s)
-        _, hypotheses = token_lists([], found, vocabulary, s)
+        hypotheses = hypothesis_words(found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
-        means = '  '.join(f'{k} {v / len(batches):.3f}' for k, v in state['totals'].items())
-        print('\r' * sys.stdout.isatty() + f'epoch {epoch + 1}/{s.epochs}  {means}  val BLEU-4 {bleu4:.2f}'
-              + (f'  pointing {pointing_rate(splits["val"], found, vocabulary, encoder.grid):.1f}'
-                 if s.data == 'shapes' and s.attn != 'none' else '')
-              + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
+        log = [f'epoch {epoch + 1}/{s.epochs}']
+        log += [f'{key} {float(x) / len(batches):.3f}' for key, x in state['totals'].items()]
+        log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
+        point = pointing_rate(splits['val'], found, vocabulary, encoder.grid)
+        if point is not None:
+            log.append(f'pointing {point:.1f}')
+        if sys.stdout.isatty():
+            print('\r\033[K', end='')  # clear the progress line
+        print('  '.join(log) + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
         for words, example in list(zip(hypotheses, splits['val']))[:2]:
             print(f'    {" ".join(words)}   [{example.captions[0]}]')
         draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
@@ -383,6 +412,7 @@ def main():
             save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
         save_last()
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'best.pt', device)
     print(f'best epoch: {state["best_epoch"] + 1}; {(time.time() - began) / 60:.1f} minutes')
     for split in ('test', 'unseen'):
