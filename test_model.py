@@ -619,7 +619,7 @@ def write_layout(folder, layout):
 
 
 @pytest.mark.parametrize('name, layout', [
-    ('flickr8k', 'official'), ('flickr8k', 'karpathyflickr8k'), ('coco', 'karpathycoco'),
+    ('flickr8k', 'official'), ('flickr8k', 'karpathyflickr8k'),
     ('flickr30k', 'karpathyflickr30k')])
 def test_layouts_with_a_split(tmp_path, name, layout):
     write_layout(tmp_path / name, layout)
@@ -659,6 +659,12 @@ def test_coco_annotations(tmp_path, monkeypatch):
     assert [x.name for x in splits['train']] == [0, 1, 2]  # COCO's own numbers
     assert [x.name for x in splits['val']] == [3, 4]
     assert splits['train'][0].captions == SENTENCES['a.jpg']
+    images = [{'filename': names[n], 'split': split, 'filepath': 'val2014',
+               'sentences': [{'raw': 'A dog.'}]}
+              for n, split in zip('abcde', ('train', 'restval', 'val', 'val', 'test'))]
+    (folder / 'dataset_coco.json').write_text(json.dumps({'images': images}))
+    splits = data.load_captions('coco', tmp_path)  # Karpathy's split comes first
+    assert [[x.name for x in splits[s]] for s in ('train', 'val', 'test')] == [[0, 1], [2, 3], [4]]
 
 
 @needs_shared
