@@ -338,6 +338,8 @@ def read_coco(files):
     COCO publishes no test captions: the first 5,000 images of val by id are for validation, the
     next 5,000 for testing. Karpathy's split, which is preferred, is what papers compare on.
     """
+    print('There is no dataset_coco.json: the images of val2014 are divided by number, so scores '
+          'cannot be compared with published ones')
     parts = {}
     for part in ('train', 'val'):
         if f'captions_{part}2014.json' not in files:

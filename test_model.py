@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -398,9 +399,13 @@ def test_beam_search_returns_captions_that_never_end_and_orders_by_length_penalt
         assert all(END not in h.tokens for h in hypotheses)
     with torch.no_grad():
         captioner.L_o.bias[END] = 2.0
+    differ = False
     for hypotheses in captioner.beam_search(a, 5, max_len=20, length_penalty=1.0):
-        ended = [h.log_prob / len(h.tokens) for h in hypotheses if h.tokens[-1] == END]
-        assert ended == sorted(ended, reverse=True) and len(ended) > 1
+        ended = [h for h in hypotheses if h.tokens[-1] == END]
+        scores = [h.log_prob / len(h.tokens) for h in ended]
+        assert scores == sorted(scores, reverse=True) and len(scores) > 1
+        differ |= ended != sorted(ended, key=lambda h: -h.log_prob)
+    assert differ  # else the order by log_prob alone would pass too
 
 
 # ------------------------------------------------------------------------------------ scores
@@ -870,6 +875,18 @@ def test_a_frozen_encoder_never_changes_and_a_trained_one_learns():
         torch.testing.assert_close(encoder(uint8), encoder(uint8 / 255))
 
 
+def test_the_tiny_encoder_looks_at_the_middle_of_each_cell():
+    encoder = Encoder('tiny', 64)
+    for row, column in ((3, 3), (4, 2)):
+        images = torch.rand(1, 3, 64, 64, requires_grad=True)
+        encoder(images)[0, row * 8 + column].sum().backward()
+        weight = images.grad[0].abs().sum(0)
+        along = torch.arange(64) + 0.5
+        y = float((weight.sum(1) * along).sum() / weight.sum())
+        x = float((weight.sum(0) * along).sum() / weight.sum())
+        assert abs(y - 8 * (row + 0.5)) < 1.5 and abs(x - 8 * (column + 0.5)) < 1.5
+
+
 @needs_shared
 def test_an_exported_encoder():
     encoder = Encoder(SHARED / 'encoders' / 'efficientnet_lite0.pt2', 224)
@@ -981,10 +998,14 @@ def same(one, other):
     return one == other
 
 
-def test_two_runs_are_the_same_and_an_interrupted_one_goes_on_to_the_same_weights(trained):
-    import signal
+@pytest.mark.parametrize('attn, batch', [('soft', '4'), ('hard', '15')])  # 4 steps an epoch, 1
+def test_an_interrupted_run_goes_on_to_the_same_weights(trained, attn, batch):
     folder, _ = trained
-    command = [sys.executable, '-u', HERE / 'train.py', *TINY_RUN, '--name', 'cut']
+    whole, cut = f'whole-{attn}', f'cut-{attn}'
+    settings = [*TINY_RUN, '--attn', attn, '--batch-size', batch]
+    result = run('train.py', *settings, '--name', whole, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    command = [sys.executable, '-u', HERE / 'train.py', *settings, '--name', cut]
     environment = os.environ | {'OMP_NUM_THREADS': '1'}  # the same sums in the same order
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True,
                           env=environment) as process:
@@ -992,9 +1013,9 @@ def test_two_runs_are_the_same_and_an_interrupted_one_goes_on_to_the_same_weight
             if 'epoch 1/3' in line:
                 process.send_signal(signal.SIGINT)
         assert process.wait() == 130
-    result = run('train.py', '--resume', 'runs/cut', cwd=folder)
+    result = run('train.py', '--resume', f'runs/{cut}', cwd=folder)
     assert result.returncode == 0, result.stderr
-    whole, cut = (torch.load(folder / 'runs' / name / 'last.pt') for name in ('whole', 'cut'))
+    whole, cut = (torch.load(folder / 'runs' / name / 'last.pt') for name in (whole, cut))
     # All but the run's name: weights, optimiser, generators, best score, position.
     for part in ('captioner', 'encoder', 'training', 'words', 'config'):
         assert same(cut[part], whole[part]), part
@@ -1012,15 +1033,35 @@ def test_eval_and_the_score_command_agree(trained):
     assert line.split()[3:] == row.split()[4:8] and float(line.split()[3]) > 0
 
 
-@pytest.mark.parametrize('attn', ['none', 'hard'])
-def test_other_attentions_train(trained, attn):
+@pytest.mark.parametrize('attn, score, cell', [
+    ('soft', 'additive', 'lstm'), ('soft', 'dot', 'lstm'), ('hard', 'additive', 'lstm'),
+    ('none', 'additive', 'lstm'), ('soft', 'additive', 'rnn'), ('none', 'additive', 'rnn')])
+def test_every_rung_learns_a_batch_by_heart(attn, score, cell):
+    from train import Settings, batch_loss
+    torch.manual_seed(0)
+    a, words = torch.randn(8, 6, 10), torch.randint(4, 20, (8, 5))
+    captions = torch.cat([torch.full((8, 1), START), words, torch.full((8, 1), END)], dim=1)
+    captioner = Captioner(CaptionerConfig(20, 10, attn, score, cell, 24, 24, 24, dropout=0.0))
+    optimizer = torch.optim.Adam(captioner.parameters(), lr=0.01)
+    settings, baseline, losses = Settings(attn=attn), 0.0, []
+    for _ in range(150):
+        loss, numbers = batch_loss(captioner, a, captions, settings, baseline)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        baseline = 0.9 * baseline + 0.1 * float(numbers.get('reward', 0))
+        losses.append(float(numbers['nll/word']))
+    assert losses[0] > 2.5 and losses[-1] < 0.3
+    found = captioner.eval().beam_search(a, 3, 9)
+    assert sum(h[0].tokens == c.tolist() for h, c in zip(found, captions[:, 1:])) >= 7
+
+
+def test_no_run_is_overwritten(trained):
     folder, _ = trained
-    result = run('train.py', *TINY_RUN, '--attn', attn, '--epochs', '1', cwd=folder)
-    assert result.returncode == 0, result.stderr
-    again = run('train.py', *TINY_RUN, '--attn', attn, '--epochs', '1', '--cell', 'rnn', '--score',
-                'dot', cwd=folder)
-    assert again.returncode == 0, again.stderr
-    assert (folder / 'runs' / f'flickr8k-{attn}-2' / 'best.pt').exists()  # no run is overwritten
+    for name in ('flickr8k-none', 'flickr8k-none-2'):
+        result = run('train.py', *TINY_RUN, '--attn', 'none', '--epochs', '1', cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert (folder / 'runs' / name / 'best.pt').exists()
 
 
 def test_sample_captions_files_and_folders(trained, tmp_path):

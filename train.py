@@ -217,7 +217,8 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
     print(' ' * 32 + ''.join(f'{x:>8}' for x in header))
     print_row(f'this model ({s.attn} attention)', row)
     if (s.data, s.attn) in PAPER:
-        print_row('the paper' + (' (Google NIC)' if s.attn == 'none' else ''), PAPER[s.data, s.attn])
+        name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
+        print_row(name, PAPER[s.data, s.attn])
     people = human_score(references)
     if people:
         print_row('people, one against the others', people)
