@@ -11,6 +11,7 @@ reference files are of that kind, and the same captions score higher there.
 """
 import argparse
 import functools
+import io
 import json
 import math
 import re
@@ -91,8 +92,8 @@ def find_wordnet():
     if found():
         return True
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # where there is no network, say so soon
-    nltk.download('wordnet', quiet=True)
+    socket.setdefaulttimeout(20)  # where there is no network, say so soon and in one line
+    nltk.download('wordnet', quiet=True, print_error_to=io.StringIO())
     socket.setdefaulttimeout(timeout)
     if not found():
         print('METEOR left out: NLTK has no WordNet. Get it with '

@@ -526,7 +526,7 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
         if sys.stdout.isatty():
             print(f'\r{done}/{len(sources)} ', end='', flush=True)
     if sys.stdout.isatty():
-        print('\r', end='')
+        print('\r\033[K', end='')  # clear the progress line
     array.flush()
     os.replace(part, path)
     return np.load(path, mmap_mode='r')

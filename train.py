@@ -384,7 +384,7 @@ def main():
             left = (time.time() - began) / steps_done * ((s.epochs - epoch) * len(batches) - step)
             if sys.stdout.isatty() and step % 10 == 0:
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
-                      f'{float(loss):.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
+                      f'{loss.item():.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
                       end='', flush=True)
             if stop:
                 save_last()
