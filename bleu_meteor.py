@@ -11,11 +11,9 @@ reference files are of that kind, and the same captions score higher there.
 """
 import argparse
 import functools
-import io
 import json
 import math
 import re
-import socket
 from collections import Counter
 
 import nltk
@@ -33,6 +31,7 @@ def tokenize(caption, punctuation=False):
     caption = caption.lower().replace('\u2019', "'")
     caption = re.sub(r'(\w\w)\.(?=\W|$)', r'\1 .', caption)  # full stops inside a caption
     words = TREEBANK.tokenize(caption)
+    words = [w + '.' if re.fullmatch(r'(\w\.)+\w', w) else w for w in words]  # u.s. at the end
     if not punctuation:
         words = [w for w in words if any(ch.isalnum() or ch in SYMBOLS for ch in w)]
     return words
@@ -81,24 +80,15 @@ def bleu(references, hypotheses, brevity_penalty=True):
 
 
 @functools.cache
-def find_wordnet():
-    """Whether NLTK has WordNet or could download it; prints why not."""
-    def found():
-        try:
-            nltk.corpus.wordnet.ensure_loaded()
-            return True
-        except LookupError:
-            return False
-    if found():
+def has_wordnet():
+    """Whether NLTK finds WordNet; prints how to get it, once, where it does not."""
+    try:
+        nltk.corpus.wordnet.ensure_loaded()
         return True
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # where there is no network, say so soon and in one line
-    nltk.download('wordnet', quiet=True, print_error_to=io.StringIO())
-    socket.setdefaulttimeout(timeout)
-    if not found():
-        print('METEOR left out: NLTK has no WordNet. Get it with '
-              '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it.')
-    return found()
+    except LookupError:
+        print('METEOR is left out, for NLTK has no WordNet: get it with '
+              '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it')
+        return False
 
 
 def meteor(references, hypotheses):
@@ -109,7 +99,7 @@ def meteor(references, hypotheses):
     weight 1; the Java program also knows paraphrases and weighs function words, so the two agree
     in scale and not in the digits. Arguments as for `bleu`.
     """
-    if not find_wordnet():
+    if not has_wordnet():
         return None
     from nltk.translate.meteor_score import meteor_score
     scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
@@ -138,14 +128,15 @@ def human_score(references):
 def read_pair(results, references):
     """Two JSON files (see the top of this file) -> captions and references, image by image."""
     with open(results, encoding='utf-8') as file:
-        captions = {str(r['image_id']): r['caption'] for r in json.load(file)}
+        captions = {str(r['image_id']): str(r['caption']) for r in json.load(file)}
     with open(references, encoding='utf-8') as file:
         content = json.load(file)
-    by_image = {str(image): list(texts) for image, texts in content.items()}
+    by_image = {}
     if 'annotations' in content:
-        by_image = {}
         for r in content['annotations']:
             by_image.setdefault(str(r['image_id']), []).append(r['caption'])
+    else:
+        by_image = {str(image): list(texts) for image, texts in content.items()}
     missing = [image for image in captions if image not in by_image]
     if missing or not captions:
         raise ValueError(f'{len(missing)} of {len(captions)} results have no reference, such as '

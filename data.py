@@ -33,11 +33,16 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Run a script's main function; a UserError becomes one line and exit status 2."""
+    """Run a script's main function; what a user can put right becomes one line and status 2."""
     try:
         main()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None:
+            raise
+        print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
         sys.exit(2)
 
 
@@ -253,7 +258,7 @@ def is_image(name):
 
 
 GITHUB = 'https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/'
-COCO = 'http://images.cocodataset.org/zips/'
+COCO = 'http://images.cocodataset.org/'
 # What downloads when no file of a name like the first column is there: address, kind of sum, sum.
 DOWNLOADS = {
     'flickr8k': [
@@ -262,8 +267,11 @@ DOWNLOADS = {
          GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627')],
     'flickr30k': [],  # the images ask for a form
     'coco': [
-        (r'COCO_train2014_.*', COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
-        (r'COCO_val2014_.*', COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
+        (r'COCO_train2014_.*', COCO + 'zips/train2014.zip', 'md5',
+         '0da8c0bd3d6becc4dcb32757491aca88'),
+        (r'COCO_val2014_.*', COCO + 'zips/val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3'),
+        (r'captions_train2014\.json|dataset_coco\.json', COCO + 'annotations/annotations_'
+         'trainval2014.zip', 'md5', '0a379cfc70b0e71301e0f377548639bd')]}
 # Karpathy's splits of all three sets, with their captions: what papers compare on.
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
             '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
@@ -287,8 +295,8 @@ def file_digest(path, kind):
 def download(address, kind, checksum, folder):
     """Fetch a zip archive with a progress bar, check it, and unpack it into `folder`.
 
-    The file has its name only when all of it is there (until then .part), and what is in it
-    appears in the folder only when all is unpacked. Raises UserError, with what to do by hand.
+    The file has its name only when all of it is there (until then .part), and so has the folder,
+    named after the archive, that it is unpacked into. Raises UserError, with what to do by hand.
     """
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / address.rsplit('/', 1)[1]
@@ -304,17 +312,18 @@ def download(address, kind, checksum, folder):
             raise UserError(f'cannot download {address} ({error}): {advice}') from None
     if file_digest(part if fetched else archive, kind) != checksum:
         part.unlink(missing_ok=True)
-        raise UserError(f'{archive.name} has the wrong {kind} sum: {advice}')
+        raise UserError(f'{archive} has the wrong {kind} sum: delete it if it is there; {advice}')
     if fetched:
         os.replace(part, archive)
     shutil.rmtree(unpacked, ignore_errors=True)
-    with zipfile.ZipFile(archive) as file:  # its extractall never leaves the folder
-        file.extractall(unpacked)
-    for item in unpacked.iterdir():
-        if item.name != '__MACOSX':
-            os.replace(item, folder / item.name)
-    shutil.rmtree(unpacked)
-    archive.unlink()
+    try:
+        with zipfile.ZipFile(archive) as file:  # its extractall never leaves the folder
+            file.extractall(unpacked)
+        os.replace(unpacked, archive.with_suffix(''))
+    except OSError as error:
+        raise UserError(f'cannot unpack {archive}: {error}') from None
+    if fetched:
+        archive.unlink()
 
 
 def list_files(folder):
@@ -418,9 +427,7 @@ def load_captions(name, root='data'):
     if f'dataset_{name}.json' not in files and 'Flickr_8k.trainImages.txt' not in files:
         try:
             download(*KARPATHY, folder)
-        except UserError as error:  # without it a split is drawn, where there are captions at all
-            if not any(file in files for file in CAPTION_FILES[name]):
-                raise
+        except UserError as error:  # without it a split is made, where there are captions
             print(error)
         files = list_files(folder)
     path = next((files[file] for file in CAPTION_FILES[name] if file in files), None)
@@ -460,7 +467,7 @@ def open_image(source):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
                 pixels = np.asarray(image, dtype=np.float64)
-                top = 65535 if pixels.max() > 255 else 255
+                top = 65535 if image.mode.startswith('I') else max(pixels.max(), 1e-9)
                 return Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8)
                                        ).convert('RGB')
             if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
@@ -516,19 +523,21 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')  # another run may write the same
     array, done = None, 0
-    for images in image_batches(sources, size):
-        rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
-        if array is None:
-            array = np.lib.format.open_memmap(part, mode='w+', dtype=rows.dtype,
-                                              shape=(len(sources), *rows.shape[1:]))
-        array[done:done + len(rows)] = rows
-        done += len(rows)
-        if sys.stdout.isatty():
-            print(f'\r{done}/{len(sources)} ', end='', flush=True)
-    if sys.stdout.isatty():
-        print('\r\033[K', end='')  # clear the progress line
-    array.flush()
-    os.replace(part, path)
+    try:
+        for images in image_batches(sources, size):
+            rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
+            if array is None:
+                array = np.lib.format.open_memmap(part, mode='w+', dtype=rows.dtype,
+                                                  shape=(len(sources), *rows.shape[1:]))
+            array[done:done + len(rows)] = rows
+            done += len(rows)
+            if sys.stdout.isatty():
+                print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
+        array.flush()
+        del array
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return np.load(path, mmap_mode='r')
 
 

@@ -178,7 +178,10 @@ class Encoder(nn.Module):
             raise UserError(f'cannot read the encoder {path}: {error.strerror}') from None
         if not zipfile.is_zipfile(path):
             raise UserError(f'{path} is not a file that torch.export.save wrote, or not all of it')
-        return torch.export.load(path).module(), f'{Path(path).stem}-{digest}'
+        try:
+            return torch.export.load(path).module(), f'{Path(path).stem}-{digest}'
+        except Exception as error:  # it has no error of its own for another program's zip file
+            raise UserError(f'torch.export cannot load {path}: {str(error)[:100]}') from None
 
     def train(self, mode=True):
         """A frozen CNN is never put into training mode, whatever the rest does."""
@@ -357,6 +360,7 @@ class Captioner(nn.Module):
             y = self.E(words)  # (B*K, M)
             state, look = self.step(self.cell.W(y), keys, a, state)
             log_p = self.logits(y, state[0], look and look.z).log_softmax(dim=1)  # (B*K, V)
+            log_p = log_p.nan_to_num(nan=-1e4)  # a model that diverged still says something
             log_p[:, [PAD, START, UNK]] = -torch.inf
             total = (score.view(B * K, 1) + log_p).view(B, K * V)
             score, best = total.topk(K, dim=1)  # (B, K), best first
@@ -417,7 +421,7 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
                 'encoder': {'name': encoder.name, 'image_size': encoder.image_size,
                             'key': encoder.key, 'weights': weights},
                 'settings': settings, **training}, part)
-    with open(part, 'rb') as file:
+    with open(part, 'r+b') as file:
         os.fsync(file.fileno())
     os.replace(part, path)
 

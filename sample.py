@@ -110,7 +110,10 @@ def parse_arguments():
     parser.add_argument('--json', action='store_true', help='print JSON instead of text')
     parser.add_argument('--batch-size', type=int, default=32, help='images captioned at once')
     parser.add_argument('--device', default='', help='cpu, cuda or mps (default: the best)')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.top, args.max_len, args.batch_size) < 1:
+        parser.error('--top, --max-len and --batch-size must be at least 1')
+    return args
 
 
 def read_images(paths, size):
@@ -127,9 +130,9 @@ def read_images(paths, size):
 
 def save_picture(path, out, taken, *drawing):
     """Draw and save path's attention in the folder `out`, under a name that is not taken yet."""
-    picture = Path(out or path.parent) / f'{path.stem}.attention.png'
-    if picture in taken:  # of photo.jpg, when the pictures were of photo.png
-        picture = picture.with_name(f'{path.name}.attention.png')
+    picture, number = Path(out or path.parent) / f'{path.stem}.attention.png', 2
+    while picture in taken:  # photo.jpg and photo.png, or images of one name in several folders
+        picture, number = picture.with_name(f'{path.stem}.{number}.attention.png'), number + 1
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_attention(open_image(path), *drawing).save(picture)

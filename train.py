@@ -126,7 +126,8 @@ def parse_settings():
     for name in ('epochs', 'patience', 'beam', 'max_len', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1')
-    for name in FIXED if saved else ():
+    order = ('data', 'optimizer', 'batch_size', 'seed') if args.resume else ()
+    for name in FIXED + order if saved else ():
         if getattr(args, name) != saved[name]:
             parser.error(f'--{name.replace("_", "-")} is {saved[name]} in this run')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
@@ -192,7 +193,7 @@ def pointing_rate(examples, found, vocabulary, grid):
 
 def print_row(label, columns):
     """One row of the table; a column that is None is a dash."""
-    print(f'{label:32}' + ''.join('       -' if x is None else f'{x:8.2f}' for x in columns))
+    print(f'{label:36}' + ''.join('       -' if x is None else f'{x:8.2f}' for x in columns))
 
 
 def report(captioner, encoder, vocabulary, s, split, examples, folder):
@@ -214,8 +215,9 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
     if s.data == 'shapes':
         header.append('pointing')
         row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
-    print(' ' * 32 + ''.join(f'{x:>8}' for x in header))
-    print_row(f'this model ({s.attn} attention)', row)
+    print(' ' * 36 + ''.join(f'{x:>8}' for x in header))
+    how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
+    print_row(f'this model ({how})', row)
     if (s.data, s.attn) in PAPER:
         name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
         print_row(name, PAPER[s.data, s.attn])
@@ -328,7 +330,7 @@ def main():
     if args.resume:
         optimizer.load_state_dict(state['optimizer'])
         torch.set_rng_state(state['random'])
-        if device.type == 'cuda':
+        if device.type == 'cuda' and 'cuda_random' in state:
             torch.cuda.set_rng_state(state['cuda_random'], device)
 
     images = {name: image_arrays(encoder, splits[name], s) for name in ('train', 'val')}
@@ -394,6 +396,9 @@ def main():
         found = caption_images(captioner, encoder, images['val'], s)
         hypotheses = hypothesis_words(found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
+        if not all(math.isfinite(value) for value in state['totals'].values()):
+            raise UserError(f'the loss is not a number in epoch {epoch + 1}: try a lower --lr; '
+                            f'what was best until then is in {folder}')
         log = [f'epoch {epoch + 1}/{s.epochs}']
         log += [f'{key} {float(x) / len(batches):.3f}' for key, x in state['totals'].items()]
         log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
@@ -415,6 +420,7 @@ def main():
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'best.pt', device)
+    captioner.config.hard_decode = s.hard_decode
     print(f'best epoch: {state["best_epoch"] + 1}; {(time.time() - began) / 60:.1f} minutes')
     for split in ('test', 'unseen'):
         if split in splits:
