@@ -412,7 +412,7 @@ def load_captions(name, root='data'):
     Raises UserError where files are missing or cannot be read.
     """
     if name == 'shapes':
-        return {'train': make_shapes(8000, 'train'), 'val': make_shapes(200, 'val'),
+        return {'train': make_shapes(7000, 'train'), 'val': make_shapes(200, 'val'),
                 'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
     folder = Path(root) / name
     files = list_files(folder)
