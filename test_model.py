@@ -1149,3 +1149,22 @@ def test_a_drawing_has_a_panel_for_each_word():
         assert (columns.sum(), rows.sum()) == (across, down)
     plain = draw_attention(image, ['dog', 'runs'])  # without attention: one panel
     assert plain.width < 1.2 * PANEL and (np.asarray(plain)[-20, 50] == [255, 0, 0]).all()
+
+
+def test_the_readmes_map_names_what_is_there():
+    import importlib
+    import re
+    checked = 0
+    for row in (HERE / 'README.md').read_text(encoding='utf-8').splitlines():
+        if row.startswith('|') and '.py`' in row:
+            module = None
+            for name in re.findall(r'`([\w.]+)`', row.rsplit('|', 2)[1]):
+                if name.endswith('.py'):
+                    module = importlib.import_module(name[:-3])
+                    continue
+                thing = module
+                for part in name.split('.'):
+                    thing = getattr(thing, part)
+                assert callable(thing)
+                checked += 1
+    assert checked >= 18
