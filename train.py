@@ -193,7 +193,7 @@ def pointing_rate(examples, found, vocabulary, grid):
 
 def print_row(label, columns):
     """One row of the table; a column that is None is a dash."""
-    print(f'{label:36}' + ''.join('       -' if x is None else f'{x:8.2f}' for x in columns))
+    print(f'{label:36}' + ''.join('        -' if x is None else f'{x:9.2f}' for x in columns))
 
 
 def report(captioner, encoder, vocabulary, s, split, examples, folder):
@@ -215,7 +215,7 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
     if s.data == 'shapes':
         header.append('pointing')
         row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
-    print(' ' * 36 + ''.join(f'{x:>8}' for x in header))
+    print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
     how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
     print_row(f'this model ({how})', row)
     if (s.data, s.attn) in PAPER:
