@@ -323,11 +323,11 @@ def test_reinforce_is_unbiased_and_the_bound_holds():
         likelihood += (log_p_s + log_p_y).exp().item()
         total += log_p_s.exp().item()
     assert total == pytest.approx(1, abs=1e-12)
-    assert float(bound) <= math.log(likelihood)  # eq. (10): L_s <= log p(y | a)
+    assert bound.item() <= math.log(likelihood)  # eq. (10): L_s <= log p(y | a)
     exact = flat_gradient(bound)
 
     spread = {}
-    for baseline in (0.0, float(bound)):
+    for baseline in (0.0, bound.item()):
         mean = square = 0.0
         for s in sequences:
             log_p_y, log_p_s, alphas = run(s)
@@ -336,7 +336,7 @@ def test_reinforce_is_unbiased_and_the_bound_holds():
             mean, square = mean + p * estimate, square + p * estimate.square()
         torch.testing.assert_close(mean, exact, atol=1e-9, rtol=1e-6)
         spread[baseline] = float((square - mean.square()).sum())
-    assert abs(spread[0.0] - spread[float(bound)]) > 0.01 * spread[0.0]  # the variance changes
+    assert abs(spread[0.0] - spread[bound.item()]) > 0.01 * spread[0.0]  # the variance changes
 
 
 # ------------------------------------------------------------------------------ beam search
