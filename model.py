@@ -268,14 +268,24 @@ class Captioner(nn.Module):
         self.L_o = nn.Linear(c.embed_dim, c.vocab_size)
         self.dropout = nn.Dropout(c.dropout)
 
-    def start(self, a):
-        """Annotation vectors a (B, L, D) -> attention keys (B, L, A) and the first state (h, c)."""
+    def start(self, a, rows=1):
+        """Annotation vectors a (B, L, D) -> keys (B, L, A), a, and the first state (h, c).
+
+        Each image gets `rows` rows, one below the other, for as many captions or beams.
+        """
         mean = a.mean(dim=1)  # (B, D)
         if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
             zero = mean.new_zeros(len(a), self.config.hidden_dim)
-            return None, self.cell(self.W_I(mean), (zero, zero))
-        state = torch.tanh(self.f_init_h(mean)), torch.tanh(self.f_init_c(mean))
-        return self.attention.project(a), state
+            keys, (h, c) = None, self.cell(self.W_I(mean), (zero, zero))
+        else:
+            keys = self.attention.project(a)
+            # The state stays in full precision where --amp computes the products in bfloat16.
+            h = torch.tanh(self.f_init_h(mean)).to(a.dtype)
+            c = torch.tanh(self.f_init_c(mean)).to(a.dtype)
+        if rows > 1:
+            keys, a, h, c = (x if x is None else x.repeat_interleave(rows, dim=0)
+                             for x in (keys, a, h, c))
+        return keys, a, (h, c)
 
     def step(self, Wy, keys, a, state, s=None, expected=None):
         """One word: look at the image with h_{t-1}, then move the LSTM on.
@@ -314,13 +324,14 @@ class Captioner(nn.Module):
     def forward(self, a, captions, s=None, expected=None):
         """Teacher-forced pass over captions of one length.
 
-        a (B, L, D); captions (B, T+1) word ids from <start> to <end>. For hard attention,
+        a (B, L, D); captions (B, T+1) word ids from <start> to <end>, or (n * B, T+1) where each
+        image has n captions, one below the other. For hard attention,
         s (B, T) fixes the locations (by default they are sampled in training mode and follow
         config.hard_decode in evaluation mode), and words where expected (B, T) is true use the
         expectation in place of a sample. Returns an Output.
         """
         y = self.E(captions[:, :-1])  # (B, T, M)
-        keys, state = self.start(a)
+        keys, a, state = self.start(a, len(captions) // len(a))
         h, looks = [], []
         for t, Wy in enumerate(self.cell.W(y).unbind(1)):  # the words' part, for all t at once
             choice = (x if x is None else x[:, t] for x in (s, expected))
@@ -346,9 +357,7 @@ class Captioner(nn.Module):
         if beam_size < 1 or max_len < 1:
             raise ValueError('beam_size and max_len must be at least 1')
         B, K, V = len(a), beam_size, self.config.vocab_size
-        keys, state = self.start(a)
-        keys, a, *state = (x if x is None else x.repeat_interleave(K, dim=0)
-                           for x in (keys, a, *state))  # row b * K + k is beam k of image b
+        keys, a, state = self.start(a, K)  # row b * K + k is beam k of image b
         words = a.new_full((B * K,), START, dtype=torch.long)
         score = a.new_full((B, K), -torch.inf)  # log p of each live beam; all but one are equal
         score[:, 0] = 0

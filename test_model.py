@@ -97,6 +97,17 @@ def test_additive_attention_is_bahdanaus_formula():
             assert float(alpha[b, i]) == pytest.approx(math.exp(e[i]) / total, abs=1e-6)
 
 
+def test_additive_attentions_gradient_by_hand_equals_autograds():
+    torch.manual_seed(0)
+    attention = BahdanauAttention(5, 7, 4).double()
+    a, h = torch.randn(2, 3, 5).double(), torch.randn(2, 7).double().requires_grad_()
+    e = attention.v(torch.tanh(attention.W_a(a) + attention.W_h(h).unsqueeze(1))).squeeze(2)
+    weights, pull = [h, *attention.parameters()], torch.randn(2, 3).double()
+    expected = torch.autograd.grad((torch.softmax(e, dim=1) * pull).sum(), weights)
+    alpha = attention(attention.project(a), h)
+    torch.testing.assert_close(torch.autograd.grad((alpha * pull).sum(), weights), expected)
+
+
 def test_dot_attention_equals_torchs_scaled_dot_product():
     torch.manual_seed(0)
     attention, a, h = DotAttention(5, 7, 4), torch.randn(2, 3, 5), torch.randn(2, 7)
@@ -1075,6 +1086,40 @@ def test_every_rung_learns_a_batch_by_heart(attn, score, cell):
     assert losses[0] > 2.5 and losses[-1] < 0.3
     found = captioner.eval().beam_search(a, 3, 9)
     assert sum(h[0].tokens == c.tolist() for h, c in zip(found, captions[:, 1:])) >= 7
+
+
+def test_hard_attention_that_always_takes_the_expectation_is_soft_attention():
+    from train import Settings, batch_loss
+    a, captions, found = torch.randn(4, 6, 10), torch.randint(4, 20, (4, 5)), []
+    for attn in ('soft', 'hard'):
+        torch.manual_seed(0)
+        captioner = Captioner(CaptionerConfig(20, 10, attn, 'additive', 'lstm', 8, 8, 8, 0.0))
+        settings = Settings(attn=attn, lambda_ds=0.0, lambda_h=0.0, samples=1)
+        loss, numbers = batch_loss(captioner, a, captions, settings, -3.0, expected=1.0)
+        found.append(torch.autograd.grad(loss, list(captioner.parameters())))
+    torch.testing.assert_close(*found)
+    assert numbers['sampled'] == 0
+
+
+def test_bfloat16_changes_the_gradient_little():
+    from train import Settings, batch_loss
+    a, captions = torch.randn(16, 9, 32), torch.randint(4, 50, (16, 8))
+    for attn, score in (('soft', 'additive'), ('soft', 'dot'), ('none', 'additive')):
+        torch.manual_seed(0)
+        captioner = Captioner(CaptionerConfig(50, 32, attn, score, 'lstm', 24, 24, 24, 0.0))
+        losses, gradients = [], []
+        for amp in (False, True):
+            with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+                loss, _ = batch_loss(captioner, a, captions, Settings(attn=attn))
+                out = captioner(a, captions)
+            parts = torch.autograd.grad(loss, list(captioner.parameters()))
+            losses.append(loss.item())
+            gradients.append(torch.cat([x.flatten() for x in parts]))
+        assert out.logits.dtype == torch.bfloat16
+        if attn != 'none':  # the weights are summed to 1 in full precision
+            torch.testing.assert_close(out.alphas.sum(2), torch.ones(16, 7))
+        assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+        assert F.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_no_run_is_overwritten(trained):

@@ -63,6 +63,7 @@ class Settings:
     lambda_h: float = setting(0.02, 'hard: weight of the entropy term, eq. (12)')
     samples: int = setting(1, 'hard: samples a caption; above 1 the others are its baseline')
     expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
+    warm_up: int = setting(0, 'hard: first epochs, in which all take it: soft attention')
     hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
     # training
     optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
@@ -73,6 +74,7 @@ class Settings:
     patience: int = setting(3, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
+    amp: bool = setting(False, 'compute in bfloat16 where that is safe (torch.autocast)')
     device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
     # captioning
     beam: int = setting(5, 'beam size in validation and test')
@@ -164,7 +166,7 @@ def image_arrays(encoder, examples, s):
 def annotations(encoder, rows, device):
     """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
     rows = torch.from_numpy(np.array(rows)).to(device)
-    return rows.float() if rows.dim() == 3 else encoder(rows)
+    return (rows if rows.dim() == 3 else encoder(rows)).float()
 
 
 def reference_words(examples, s):
@@ -230,16 +232,16 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
 
 
 # ------------------------------------------------------------------------------------ training
-def batch_loss(captioner, a, captions, s, baseline):
+def batch_loss(captioner, a, captions, s, baseline=0.0, expected=0.5):
     """Loss of a batch (mean over its captions) and numbers for the log.
 
-    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12).
+    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
+    the share `expected` of the captions does not sample.
     """
     targets = captions[:, 1:]  # (B, T)
     if s.attn == 'hard':
-        a, captions, targets = (x.repeat_interleave(s.samples, dim=0)
-                                for x in (a, captions, targets))
-        coin = torch.rand(len(a), 1, device=a.device) < s.expected
+        captions, targets = (x.repeat_interleave(s.samples, dim=0) for x in (captions, targets))
+        coin = torch.rand(len(captions), 1, device=a.device) < expected
         out = captioner(a, captions, expected=coin.expand(targets.shape))
     else:
         out = captioner(a, captions)
@@ -361,6 +363,7 @@ def main():
     while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
         batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
+        expected = 1.0 if epoch < s.warm_up else s.expected
         captioner.train()
         encoder.train()
         for step in range(state['step'], len(batches)):
@@ -368,9 +371,10 @@ def main():
             share = (epoch + step / len(batches)) / s.epochs  # of the training that is done
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * share))
-            a = annotations(encoder, images['train'][owner[batch]], device)
             words = torch.tensor([ids[i] for i in batch], device=device)  # (B, T+1)
-            loss, numbers = batch_loss(captioner, a, words, s, state['baseline'])
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+                a = annotations(encoder, images['train'][owner[batch]], device)
+                loss, numbers = batch_loss(captioner, a, words, s, state['baseline'], expected)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in groups:
