@@ -554,3 +554,12 @@ def length_batches(lengths, batch_size, rng):
     batches = [part[i:i + batch_size] for part in np.split(order, edges)
                for i in range(0, len(part), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def ahead(batches, read):
+    """Yield (batch, read(batch)) for each batch; a thread reads the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(read, batch) for batch in batches[:1]]
+        for i, batch in enumerate(batches):
+            coming += [pool.submit(read, batch) for batch in batches[i + 1:i + 2]]
+            yield batch, coming.pop(0).result()

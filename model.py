@@ -279,9 +279,10 @@ class Captioner(nn.Module):
             keys, (h, c) = None, self.cell(self.W_I(mean), (zero, zero))
         else:
             keys = self.attention.project(a)
-            # The state stays in full precision where --amp computes the products in bfloat16.
+            # With --amp products are in bfloat16, and a with them; the state stays in float32.
             h = torch.tanh(self.f_init_h(mean)).to(a.dtype)
             c = torch.tanh(self.f_init_c(mean)).to(a.dtype)
+            a = a.to(keys.dtype)
         if rows > 1:
             keys, a, h, c = (x if x is None else x.repeat_interleave(rows, dim=0)
                              for x in (keys, a, h, c))

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -985,8 +986,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
 def run(*command, cwd=HERE, **options):
     """Run one of the scripts as a process; its folder need not be the current one."""
     script, *arguments = map(str, command)
+    script = script if script == '-m' else HERE / script
     environment = os.environ | {'NLTK_DATA': str(SHARED / 'nltk_data'), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, HERE / script, *arguments], cwd=cwd, text=True,
+    return subprocess.run([sys.executable, script, *arguments], cwd=cwd, text=True,
                           capture_output=True, env=environment, timeout=300, **options)
 
 
@@ -1051,6 +1053,48 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(trained, attn, batch):
     # All but the run's name: weights, optimiser, generators, best score, position.
     for part in ('captioner', 'encoder', 'training', 'words', 'config'):
         assert same(cut[part], whole[part]), part
+
+
+def test_two_processes_train_like_one(trained):
+    folder, _ = trained
+    torch.manual_seed(0)
+    cnn = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU())
+    exported = torch.export.export(cnn, (torch.zeros(2, 3, 32, 32),),
+                                   dynamic_shapes=({0: torch.export.Dim('B')},))
+    torch.export.save(exported, folder / 'cnn.pt2')
+    settings = [*TINY_RUN, '--encoder', 'cnn.pt2', '--dropout', '0', '--epochs', '5']  # 20 steps
+    one = run('train.py', *settings, '--name', 'one', cwd=folder)
+    two = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
+              HERE / 'train.py', *settings, '--name', 'two', cwd=folder)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    losses = [re.findall(r'loss ([\d.]+)', result.stdout) for result in (one, two)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+    one, two = (torch.load(folder / 'runs' / x / 'last.pt')['captioner'] for x in ('one', 'two'))
+    for name in one:  # Adam would make a small difference in a gradient a large one here
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+    import train
+    captioner = tiny_captioner()
+
+    def no_compiler(step):
+        def fail(*_):
+            raise RuntimeError('no C++ compiler')
+        return fail
+    monkeypatch.setattr(torch, 'compile', no_compiler)
+    train.compile_step(captioner, torch.device('cpu'))
+    assert 'no C++ compiler' in capsys.readouterr().out
+    captioner(torch.zeros(2, 4, captioner.config.feature_dim), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_batches_are_read_ahead_in_order():
+    begun = []
+    for i, (batch, rows) in enumerate(data.ahead([3, 1, 2], lambda x: begun.append(x) or x * 10)):
+        assert (batch, rows) == ([3, 1, 2][i], [30, 10, 20][i])
+    assert begun == [3, 1, 2] and list(data.ahead([], None)) == []
+    with pytest.raises(OSError):  # what fails in the thread is not lost
+        list(data.ahead([1], lambda x: open('/no such file')))
 
 
 def test_eval_and_the_score_command_agree(trained):

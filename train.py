@@ -5,27 +5,33 @@
     python train.py --resume runs/NAME                goes on where it stopped
     python train.py --eval runs/NAME --split test --beam 3
     python train.py --data flickr8k -h                every setting and its default there
+    torchrun --nproc_per_node=2 train.py              several GPUs or CPUs, with any of the above
 
 Paper sections 4.2.1 and 4.3 (training), 5 (experiments).
 """
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, human_score, score, tokenize
-from data import (END, START, UserError, Vocabulary, cache_arrays, length_batches, load_captions,
-                  open_image, pointing, run_command)
+from data import (END, START, UserError, Vocabulary, ahead, cache_arrays, length_batches,
+                  load_captions, open_image, pointing, run_command)
 from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, pick_device,
                    read_checkpoint, save_checkpoint)
 from sample import draw_attention
@@ -50,6 +56,7 @@ class Settings:
     cell: str = setting('lstm', 'recurrent cell', ('lstm', 'rnn'))
     encoder: str = setting('vgg19', 'tiny, a torchvision CNN by name, or a .pt2 file')
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
+    finetune_from: int = setting(0, 'finetune: first epochs, in which the CNN stays as it is')
     image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
     embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
@@ -75,6 +82,7 @@ class Settings:
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
     amp: bool = setting(False, 'compute in bfloat16 where that is safe (torch.autocast)')
+    compile: bool = setting(False, 'compile the step of the decoder (torch.compile)')
     device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
     # captioning
     beam: int = setting(5, 'beam size in validation and test')
@@ -141,17 +149,76 @@ def checkpoint_of(args):
     return path / ('last.pt' if args.resume else 'best.pt') if path.is_dir() else path
 
 
+# ------------------------------------------------------------------------- several processes
+def join_ranks(device):
+    """Under torchrun, meet the other processes; all but rank 0 keep silent. -> device, a GPU each.
+
+    nccl works between GPUs, gloo between CPUs and for Python's objects.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(device)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                                timeout=timedelta(days=1))  # rank 0 may compute features for hours
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, 'w')
+    return device
+
+
+def ranks():
+    """This process's rank and the number of processes: 0, 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_rank_first(make):
+    """make() on rank 0, then on the others, which find on disk what rank 0 put there."""
+    rank, world = ranks()
+    if rank:
+        dist.barrier()
+    made = make()
+    if world > 1 and not rank:
+        dist.barrier()
+    return made
+
+
+def from_rank_0(make):
+    """make() is called on rank 0 alone; all ranks get what it returns."""
+    rank, world = ranks()
+    made = [None if rank else make()]
+    if world > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+def mean_over_ranks(x):
+    """Mean of a tensor over the ranks."""
+    _, world = ranks()
+    if world > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x / world
+
+
 # ------------------------------------------------------------------------------------ scoring
 def caption_images(captioner, encoder, images, s):
-    """The best Hypothesis for each row of `images` (cached features or pixels), in order."""
+    """The best Hypothesis for each row of `images` (cached features or pixels), in order.
+
+    Rank r of W captions the images r, r + W, ..; all of them get all captions.
+    """
     captioner.eval()
     encoder.eval()
-    device, found = next(captioner.parameters()).device, []
+    (rank, world), device, found = ranks(), next(captioner.parameters()).device, []
+    mine = np.arange(rank, len(images), world)
     with torch.no_grad():
-        for i in range(0, len(images), 50):
-            a = annotations(encoder, images[i:i + 50], device)
+        for i in range(0, len(mine), 50):
+            a = annotations(encoder, read_rows(images, mine[i:i + 50], device), device)
             hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty)
             found += [best for best, *_ in hypotheses]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
+        found = [h for group in zip_longest(*parts) for h in group if h is not None]
     return found
 
 
@@ -163,10 +230,29 @@ def image_arrays(encoder, examples, s):
                         lambda images: encoder(images.to(encoder.mean.device)))
 
 
+def read_rows(images, index, device):
+    """Rows of `image_arrays` as a tensor, in memory from which a GPU can fetch it by itself."""
+    if isinstance(images, torch.Tensor):  # all of them are on the GPU
+        return images[torch.as_tensor(index, device=images.device)]
+    rows = torch.from_numpy(images[index])
+    return rows.pin_memory() if device.type == 'cuda' else rows
+
+
 def annotations(encoder, rows, device):
     """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
-    rows = torch.from_numpy(np.array(rows)).to(device)
+    rows = rows.to(device, non_blocking=True)
     return (rows if rows.dim() == 3 else encoder(rows)).float()
+
+
+def to_gpu(images, device):
+    """The array on the GPU where it takes at most half of the memory that is free there."""
+    if device.type != 'cuda' or images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    copy = torch.empty(images.shape, dtype=torch.from_numpy(images[:0].copy()).dtype,
+                       device=device)
+    for i in range(0, len(images), 1000):
+        copy[i:i + 1000] = torch.from_numpy(images[i:i + 1000].copy())
+    return copy
 
 
 def reference_words(examples, s):
@@ -201,7 +287,10 @@ def print_row(label, columns):
 def report(captioner, encoder, vocabulary, s, split, examples, folder):
     """Caption a split, write a COCO results file, and print its row beside the paper's."""
     began = time.time()
-    found = caption_images(captioner, encoder, image_arrays(encoder, examples, s), s)
+    images = first_rank_first(lambda: image_arrays(encoder, examples, s))
+    found = caption_images(captioner, encoder, images, s)
+    if ranks()[0]:
+        return
     references, hypotheses = reference_words(examples, s), hypothesis_words(found, vocabulary, s)
     captions = [' '.join(vocabulary.decode(h.tokens)) for h in found]
     for name, content in (
@@ -287,6 +376,18 @@ def build(s, captions, device):
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
+def compile_step(captioner, device):
+    """Compile the decoder's step, or say why not: a C++ compiler or a known GPU is needed."""
+    plain, c = captioner.step, captioner.config
+    captioner.step = torch.compile(plain)
+    try:  # it is compiled when it is called
+        captioner(torch.zeros(2, 4, c.feature_dim, device=device),
+                  torch.zeros(2, 3, dtype=torch.long, device=device))
+    except Exception as error:  # whatever compilers and drivers come up with
+        captioner.step = plain
+        print(f'going on without --compile: {str(error).strip().splitlines()[0][:100]}')
+
+
 def draw_validation(path, examples, found, vocabulary, grid):
     """Attention on a few validation images, one below the other."""
     sheets = [draw_attention(open_image(x.image), vocabulary.decode(h.tokens), h.alphas, h.betas,
@@ -302,8 +403,9 @@ def draw_validation(path, examples, found, vocabulary, grid):
 def main():
     """Settings, data, model, then the loop."""
     s, args = parse_settings()
-    device = pick_device(s.device)
-    splits = load_captions(s.data, s.data_dir)
+    device = join_ranks(pick_device(s.device))
+    rank, world = ranks()
+    splits = first_rank_first(lambda: load_captions(s.data, s.data_dir))
     if args.eval:
         path = checkpoint_of(args)
         captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
@@ -321,7 +423,7 @@ def main():
         state = read_checkpoint(folder / 'last.pt')['training']
     else:
         captioner, encoder, vocabulary = build(s, captions, device)
-        folder = new_folder(s)
+        folder = from_rank_0(lambda: new_folder(s))
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
                  'totals': {}}
     groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
@@ -334,8 +436,14 @@ def main():
         torch.set_rng_state(state['random'])
         if device.type == 'cuda' and 'cuda_random' in state:
             torch.cuda.set_rng_state(state['cuda_random'], device)
+    if rank:  # dropout and samples of its own
+        torch.manual_seed(hash((s.seed, rank, state['epoch'], state['step'])))
+    if s.compile:
+        compile_step(captioner, device)
 
-    images = {name: image_arrays(encoder, splits[name], s) for name in ('train', 'val')}
+    images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
+              for name in ('train', 'val')}
+    images['train'] = to_gpu(images['train'], device)
     ids = [[START, *vocabulary.encode(words), END] for words in captions]
     owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
     lengths = np.array([len(words) for words in ids])
@@ -344,7 +452,8 @@ def main():
     print(f'{s.data}: {len(splits["train"])} training images, {len(ids)} captions, '
           f'{len(vocabulary)} words\n{s.attn} attention, encoder {encoder.key} with '
           f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, {weights:,} '
-          f'trained weights, on {device}\nrun: {folder}')
+          f'trained weights, on {device}'
+          f'{f" and {world - 1} more" if world > 1 else ""}\nrun: {folder}')
 
     def save_last():
         state.update(optimizer=optimizer.state_dict(), random=torch.get_rng_state())
@@ -359,52 +468,63 @@ def main():
         stop.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, stop_after_step)
+    wrap = DistributedDataParallel if world > 1 else lambda module: module
+    decoder, cnn = wrap(captioner), wrap(encoder) if encoder.trainable else encoder
     began, steps_done, speed, left = time.time(), 0, 0.0, 0.0
     while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
         batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
         expected = 1.0 if epoch < s.warm_up else s.expected
+        learn = epoch >= s.finetune_from  # the CNN too, if it is one that can
         captioner.train()
-        encoder.train()
-        for step in range(state['step'], len(batches)):
-            batch = batches[step]
-            share = (epoch + step / len(batches)) / s.epochs  # of the training that is done
+        encoder.train(learn)
+        mine = [batch[rank::world] if rank < len(batch) else batch[:1] for batch in batches]
+        todo = ahead(mine[state['step']:], lambda x: read_rows(images['train'], owner[x], device))
+        for step, (batch, rows) in enumerate(todo, state['step']):
+            # Gradients are averaged over the ranks: one with fewer captions must count for less.
+            part = len(batches[step][rank::world]) * world / len(batches[step])
+            done = (epoch + step / len(batches)) / s.epochs  # share of the training
             for group, rate in zip(optimizer.param_groups, rates):
-                group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * share))
+                group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
             words = torch.tensor([ids[i] for i in batch], device=device)  # (B, T+1)
             with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-                a = annotations(encoder, images['train'][owner[batch]], device)
-                loss, numbers = batch_loss(captioner, a, words, s, state['baseline'], expected)
+                with torch.set_grad_enabled(learn):
+                    a = annotations(cnn, rows, device)
+                loss, numbers = batch_loss(decoder, a, words, s, state['baseline'], expected)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (part * loss).backward()
             for group in groups:
                 torch.nn.utils.clip_grad_norm_(group['params'], s.clip)
             optimizer.step()
             if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
-                state['baseline'] = 0.9 * state['baseline'] + 0.1 * numbers['reward']
+                reward = mean_over_ranks(part * numbers['reward'])
+                state['baseline'] = 0.9 * state['baseline'] + 0.1 * reward
             for key, value in numbers.items():  # tensors: a number would wait for the GPU
-                state['totals'][key] = state['totals'].get(key, 0.0) + value
+                state['totals'][key] = state['totals'].get(key, 0.0) + part * value
             state['step'], steps_done = step + 1, steps_done + 1
-            captions_done += len(batch)
+            captions_done += len(batches[step])
             speed = captions_done / (time.time() - epoch_began)
             left = (time.time() - began) / steps_done * ((s.epochs - epoch) * len(batches) - step)
             if sys.stdout.isatty() and step % 10 == 0:
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
                       f'{loss.item():.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
                       end='', flush=True)
-            if stop:
-                save_last()
+            if mean_over_ranks(torch.tensor(float(len(stop)))) > 0:  # Ctrl-C reached some rank
+                if not rank:
+                    save_last()
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
                 sys.exit(130)
 
         found = caption_images(captioner, encoder, images['val'], s)
         hypotheses = hypothesis_words(found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
-        if not all(math.isfinite(value) for value in state['totals'].values()):
+        means = {key: float(mean_over_ranks(torch.as_tensor(total))) / len(batches)
+                 for key, total in state['totals'].items()}
+        if not all(map(math.isfinite, means.values())):
             raise UserError(f'the loss is not a number in epoch {epoch + 1}: try a lower --lr; '
                             f'what was best until then is in {folder}')
         log = [f'epoch {epoch + 1}/{s.epochs}']
-        log += [f'{key} {float(x) / len(batches):.3f}' for key, x in state['totals'].items()]
+        log += [f'{key} {mean:.3f}' for key, mean in means.items()]
         log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
         point = pointing_rate(splits['val'], found, vocabulary, encoder.grid)
         if point is not None:
@@ -414,16 +534,20 @@ def main():
         print('  '.join(log) + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
         for words, example in list(zip(hypotheses, splits['val']))[:2]:
             print(f'    {" ".join(words)}   [{example.captions[0]}]')
-        draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
-                        vocabulary, encoder.grid)
         state.update(epoch=epoch + 1, step=0, totals={})
-        if bleu4 > state['best']:
+        better = bleu4 > state['best']
+        if better:
             state.update(best=bleu4, best_epoch=epoch)
-            save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
-        save_last()
+        if not rank:
+            draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
+                            vocabulary, encoder.grid)
+            if better:
+                save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
+            save_last()
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'best.pt', device)
+    captioner, encoder, vocabulary, _ = first_rank_first(
+        lambda: load_checkpoint(folder / 'best.pt', device))
     captioner.config.hard_decode = s.hard_decode
     print(f'best epoch: {state["best_epoch"] + 1}; {(time.time() - began) / 60:.1f} minutes')
     for split in ('test', 'unseen'):
