@@ -22,6 +22,12 @@ SYMBOLS = set('&%$#@+=/*')  # coco-caption counts these as words
 TREEBANK = nltk.NLTKWordTokenizer()
 
 
+@functools.cache
+def treebank(chunk):
+    """The words in a chunk of letters: two in "cannot"."""
+    return TREEBANK.tokenize(chunk)
+
+
 def tokenize(caption, punctuation=False):
     """Caption -> list of lower-case words, as coco-caption's tokenizer (Stanford's PTBTokenizer).
 
@@ -29,9 +35,12 @@ def tokenize(caption, punctuation=False):
     Where coco-caption keeps "-lrb-" for a bracket or the dot of "mr.", these are left out.
     """
     caption = caption.lower().replace('\u2019', "'")
-    caption = re.sub(r'(\w\w)\.(?=\W|$)', r'\1 .', caption)  # full stops inside a caption
-    words = TREEBANK.tokenize(caption)
-    words = [w + '.' if re.fullmatch(r'(\w\.)+\w', w) else w for w in words]  # u.s. at the end
+    if re.fullmatch(r'([a-z]+( , |, |-| ))*[a-z]{2,} ?\.? *', caption):  # most: the quick way
+        words = [w for chunk in re.sub('([,.])', r' \1', caption).split() for w in treebank(chunk)]
+    else:
+        caption = re.sub(r'(\w\w)\.(?=\W|$)', r'\1 .', caption)  # full stops inside a caption
+        words = TREEBANK.tokenize(caption)
+        words = [w + '.' if re.fullmatch(r'(\w\.)+\w', w) else w for w in words]  # u.s. at the end
     if not punctuation:
         words = [w for w in words if any(ch.isalnum() or ch in SYMBOLS for ch in w)]
     return words
