@@ -506,6 +506,7 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
     are, those of drawn images in memory. The file's name ends in a digest of `label` (which
     encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
+    It is called .part until it is whole; a run that is interrupted leaves that to the next one.
     """
     sources = [example.image for example in examples]
     drawn = isinstance(sources[0], np.ndarray)
@@ -519,26 +520,44 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
             return np.load(path, mmap_mode='r')
         except (ValueError, OSError, EOFError):
             print(f'{path} is damaged and is made again')
-    print(f'computing {path} for {len(examples)} images')
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')  # another run may write the same
-    array, done = None, 0
-    try:
-        for images in image_batches(sources, size):
+    part = path.with_name(path.name + '.part')
+    done, end = rows_in(part)
+    print(f'computing {path} for {len(examples) - done} images')
+    with open(part, 'r+b' if done else 'wb') as file:
+        file.seek(end)
+        for images in image_batches(sources[done:], size):
             rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
-            if array is None:
-                array = np.lib.format.open_memmap(part, mode='w+', dtype=rows.dtype,
-                                                  shape=(len(sources), *rows.shape[1:]))
-            array[done:done + len(rows)] = rows
+            if not file.tell():
+                need, free = len(sources) * rows[0].nbytes, shutil.disk_usage(path.parent).free
+                if need > free:
+                    raise UserError(f'{path} needs {need / 1e9:.1f} GB, the disk has '
+                                    f'{free / 1e9:.1f}: make room, or use another --cache-dir')
+                np.lib.format.write_array_header_1_0(
+                    file, {'descr': np.lib.format.dtype_to_descr(rows.dtype),
+                           'fortran_order': False, 'shape': (len(sources), *rows.shape[1:])})
+            file.write(rows.tobytes())
             done += len(rows)
             if sys.stdout.isatty():
                 print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
-        array.flush()
-        del array
+        file.flush()
+        os.fsync(file.fileno())
+    if part.exists():  # another run may have written the same rows, and finished first
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return np.load(path, mmap_mode='r')
+
+
+def rows_in(part):
+    """Whole rows in a .npy file whose writing was interrupted, and the byte where they end."""
+    try:
+        with open(part, 'rb') as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            row = dtype.itemsize * math.prod(shape[1:])
+            done = (part.stat().st_size - file.tell()) // row
+            return done, file.tell() + done * row if done else 0
+    except (OSError, ValueError):  # none, or not even its head is whole
+        return 0, 0
 
 
 # ----------------------------------------------------------------------------------- batches

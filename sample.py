@@ -108,7 +108,7 @@ def parse_arguments():
                         help='context of hard attention (default: as in training)')
     parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
     parser.add_argument('--json', action='store_true', help='print JSON instead of text')
-    parser.add_argument('--batch-size', type=int, default=32, help='images captioned at once')
+    parser.add_argument('--batch-size', type=int, default=25, help='images captioned at once')
     parser.add_argument('--device', default='', help='cpu, cuda or mps (default: the best)')
     args = parser.parse_args()
     if min(args.top, args.max_len, args.batch_size) < 1:

@@ -854,6 +854,28 @@ def test_feature_cache(tmp_path, capsys):
     assert 'made again' in capsys.readouterr().out
 
 
+def test_an_interrupted_feature_cache_is_taken_up_again(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
+    examples, calls = [data.Example(x, []) for x in pixels], []
+
+    def encode(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return images.float().mean(dim=(2, 3)).unsqueeze(1)
+    with pytest.raises(KeyboardInterrupt):
+        data.cache_arrays(examples, 16, tmp_path, 'mean', encode)
+    part, = tmp_path.iterdir()
+    part.write_bytes(part.read_bytes()[:-1])  # not even a whole row
+    features = data.cache_arrays(examples, 16, tmp_path, 'mean', encode)
+    assert calls == [32, 32, 32, 32, 5] and len(features) == 100  # 63 rows were there
+    np.testing.assert_allclose(features[:, 0], pixels.mean(axis=(1, 2)), rtol=2e-3)
+    assert [x.name for x in tmp_path.iterdir()] == [Path(features.filename).name]
+    monkeypatch.setattr(data.shutil, 'disk_usage', lambda folder: type('Disk', (), {'free': 500}))
+    with pytest.raises(UserError, match='make room'):
+        data.cache_arrays(examples, 16, tmp_path, 'other', encode)
+
+
 # ----------------------------------------------------------------------- encoders and checkpoints
 @pytest.mark.parametrize('name, dim, grid', [
     ('vgg11', 512, (14, 14)), ('resnet18', 512, (7, 7)), ('densenet121', 1024, (7, 7)),

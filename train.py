@@ -211,8 +211,8 @@ def caption_images(captioner, encoder, images, s):
     (rank, world), device, found = ranks(), next(captioner.parameters()).device, []
     mine = np.arange(rank, len(images), world)
     with torch.no_grad():
-        for i in range(0, len(mine), 50):
-            a = annotations(encoder, read_rows(images, mine[i:i + 50], device), device)
+        for i in range(0, len(mine), 25):
+            a = annotations(encoder, read_rows(images, mine[i:i + 25], device), device)
             hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty)
             found += [best for best, *_ in hypotheses]
     if world > 1:
