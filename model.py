@@ -421,19 +421,27 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
 
     settings is a dictionary of numbers and strings. The weights of a frozen encoder are not
     written: torchvision has them, and a .pt2 file is found where it was or beside the checkpoint.
-    The file is written under another name and then renamed, so it is never half there.
+    The file is written under another name and then renamed, so it is never half there. Raises
+    UserError where it cannot be written.
     """
     path = Path(path)
     part = path.with_name(path.name + '.part')
     weights = encoder.state_dict() if encoder.trainable else None
-    torch.save({'format': FORMAT, 'config': asdict(captioner.config),
-                'captioner': captioner.state_dict(), 'words': vocabulary.words,
-                'encoder': {'name': encoder.name, 'image_size': encoder.image_size,
-                            'key': encoder.key, 'weights': weights},
-                'settings': settings, **training}, part)
-    with open(part, 'r+b') as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    content = {'format': FORMAT, 'config': asdict(captioner.config),
+               'captioner': captioner.state_dict(), 'words': vocabulary.words,
+               'encoder': {'name': encoder.name, 'image_size': encoder.image_size,
+                           'key': encoder.key, 'weights': weights},
+               'settings': settings, **training}
+    try:
+        with open(part, 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save has its own error for a full disk
+        part.unlink(missing_ok=True)
+        raise UserError(f'cannot write {path} ({error}): is the disk full? What was written '
+                        'before is still there') from None
 
 
 def read_checkpoint(path, device='cpu'):

@@ -135,7 +135,7 @@ def save_picture(path, out, taken, *drawing):
         picture, number = picture.with_name(f'{path.stem}.{number}.attention.png'), number + 1
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_attention(open_image(path), *drawing).save(picture)
+        draw_attention(open_image(path), *drawing).save(picture, compress_level=1)
     except OSError as error:
         raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for the '
                         'pictures with --out') from None

@@ -470,7 +470,10 @@ def main():
     signal.signal(signal.SIGINT, stop_after_step)
     wrap = DistributedDataParallel if world > 1 else lambda module: module
     decoder, cnn = wrap(captioner), wrap(encoder) if encoder.trainable else encoder
-    began, steps_done, speed, left = time.time(), 0, 0.0, 0.0
+    began = saved = time.time()
+    steps_done, speed, left = 0, 0.0, 0.0
+    if not rank and not args.resume:
+        save_last()  # a run can be resumed from its first moment on
     while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
         batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
@@ -493,8 +496,7 @@ def main():
                 loss, numbers = batch_loss(decoder, a, words, s, state['baseline'], expected)
             optimizer.zero_grad(set_to_none=True)
             (part * loss).backward()
-            for group in groups:
-                torch.nn.utils.clip_grad_norm_(group['params'], s.clip)
+            norms = [torch.nn.utils.clip_grad_norm_(group['params'], s.clip) for group in groups]
             optimizer.step()
             if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
                 reward = mean_over_ranks(part * numbers['reward'])
@@ -509,6 +511,15 @@ def main():
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
                       f'{loss.item():.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
                       end='', flush=True)
+            if step % 50 == 49 or step + 1 == len(batches):
+                if not math.isfinite(mean_over_ranks(state['totals']['loss']) + sum(norms)):
+                    raise UserError(
+                        f'the loss is not a number in epoch {epoch + 1}, by step {step + 1}: go on '
+                        f'from what was saved before, python train.py --resume {folder} --lr '
+                        f'{s.lr / 4:.0e}, or begin anew with a lower --lr')
+                if not rank and time.time() - saved > 600:
+                    save_last()
+                    saved = time.time()
             if mean_over_ranks(torch.tensor(float(len(stop)))) > 0:  # Ctrl-C reached some rank
                 if not rank:
                     save_last()
@@ -520,9 +531,6 @@ def main():
         bleu4 = bleu(references, hypotheses)[3]
         means = {key: float(mean_over_ranks(torch.as_tensor(total))) / len(batches)
                  for key, total in state['totals'].items()}
-        if not all(map(math.isfinite, means.values())):
-            raise UserError(f'the loss is not a number in epoch {epoch + 1}: try a lower --lr; '
-                            f'what was best until then is in {folder}')
         log = [f'epoch {epoch + 1}/{s.epochs}']
         log += [f'{key} {mean:.3f}' for key, mean in means.items()]
         log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
