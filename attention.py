@@ -64,7 +64,7 @@ class BahdanauAttention(nn.Module):
         """Keys (B, L, A) and the previous hidden state h (B, H) -> weights alpha (B, L), sum 1."""
         query = self.W_h(h)  # (B, A)
         e = AdditiveScore.apply(keys, query, self.v.weight[0].to(query.dtype))  # (B, L)
-        return torch.softmax(e, dim=1, dtype=h.dtype)  # in full precision, also with --amp
+        return torch.softmax(e, dim=1, dtype=h.dtype)  # float32, also with --amp
 
 
 class DotAttention(nn.Module):
@@ -104,7 +104,8 @@ def hard_context(alpha, a, s=None, expected=None):
     Returns z (B, D) and log p(s) (B,).
     """
     if s is None:
-        s = torch.multinomial(alpha, 1).squeeze(1)  # (B,)
+        # torch.multinomial does this too, and makes the CPU wait for the GPU with its checks.
+        s = (alpha / torch.empty_like(alpha).exponential_()).argmax(dim=1)  # (B,)
     z = a[torch.arange(len(a), device=a.device), s]  # (B, D)
     log_p_s = alpha.gather(1, s.unsqueeze(1)).squeeze(1).log()  # (B,)
     if expected is not None:

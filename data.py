@@ -7,6 +7,7 @@ Paper sections: 4.3 (batches of one length), 5.1 (data). Nothing here knows of m
 is just a function from images to arrays.
 """
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -40,9 +41,9 @@ def run_command(main):
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
+        print(f'error: {error.filename or "writing failed"}: {error.strerror}', file=sys.stderr)
         sys.exit(2)
 
 
@@ -524,7 +525,8 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     part = path.with_name(path.name + '.part')
     done, end = rows_in(part)
     print(f'computing {path} for {len(examples) - done} images')
-    with open(part, 'r+b' if done else 'wb') as file:
+    part.touch()
+    with open(part, 'r+b') as file:  # another run may be writing the same rows: no harm
         file.seek(end)
         for images in image_batches(sources[done:], size):
             rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
@@ -542,8 +544,10 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
                 print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
         file.flush()
         os.fsync(file.fileno())
-    if part.exists():  # another run may have written the same rows, and finished first
+    try:
         os.replace(part, path)
+    except FileNotFoundError:  # the other run was faster
+        pass
     return np.load(path, mmap_mode='r')
 
 
@@ -582,3 +586,25 @@ def ahead(batches, read):
         for i, batch in enumerate(batches):
             coming += [pool.submit(read, batch) for batch in batches[i + 1:i + 2]]
             yield batch, coming.pop(0).result()
+
+
+def pinned(tensor, device):
+    """The tensor in memory from which a GPU can fetch it while the CPU goes on."""
+    return tensor.pin_memory() if device.type == 'cuda' else tensor
+
+
+def read_rows(array, index, device):
+    """Rows of what `cache_arrays` or `to_gpu` returns, as a tensor; index: array of integers."""
+    if isinstance(array, torch.Tensor):
+        return array[pinned(torch.from_numpy(index), device).to(device, non_blocking=True)]
+    return pinned(torch.from_numpy(array[index]), device)
+
+
+def to_gpu(array, device):
+    """The array as a tensor on the GPU where that takes at most half of its free memory."""
+    if device.type != 'cuda' or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return array
+    tensor = torch.from_numpy(array[:0].copy()).new_empty(array.shape, device=device)
+    for i in range(0, len(array), 1000):
+        tensor[i:i + 1000] = torch.from_numpy(array[i:i + 1000].copy())
+    return tensor

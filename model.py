@@ -70,7 +70,7 @@ class RNNCell(nn.Module):
     def step(self, Wx, state):
         """The same from W x + b (B, H)."""
         h, c = state
-        return torch.tanh(Wx + self.U(h)), c
+        return torch.tanh(Wx + self.U(h)).to(h.dtype), c  # float32, also with --amp
 
 
 # ------------------------------------------------------------------------------------ encoder
@@ -484,7 +484,6 @@ def pick_device(name=''):
         name = ('cuda' if torch.cuda.is_available() else
                 'mps' if torch.backends.mps.is_available() else 'cpu')
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name} cannot be used here: {str(error)[:100]}') from None
-    return torch.device(name)

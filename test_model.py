@@ -1105,7 +1105,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
             raise RuntimeError('no C++ compiler')
         return fail
     monkeypatch.setattr(torch, 'compile', no_compiler)
-    train.compile_step(captioner, torch.device('cpu'))
+    train.compile_step(captioner, 4, train.Settings(), torch.device('cpu'))
     assert 'no C++ compiler' in capsys.readouterr().out
     captioner(torch.zeros(2, 4, captioner.config.feature_dim), torch.zeros(2, 3, dtype=torch.long))
 

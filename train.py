@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from itertools import zip_longest
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, human_score, score, tokenize
 from data import (END, START, UserError, Vocabulary, ahead, cache_arrays, length_batches,
-                  load_captions, open_image, pointing, run_command)
+                  load_captions, open_image, pinned, pointing, read_rows, run_command, to_gpu)
 from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, pick_device,
                    read_checkpoint, save_checkpoint)
 from sample import draw_attention
@@ -56,7 +57,7 @@ class Settings:
     cell: str = setting('lstm', 'recurrent cell', ('lstm', 'rnn'))
     encoder: str = setting('vgg19', 'tiny, a torchvision CNN by name, or a .pt2 file')
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
-    finetune_from: int = setting(0, 'finetune: first epochs, in which the CNN stays as it is')
+    finetune_from: int = setting(0, 'first epochs, in which a CNN that can learn does not')
     image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
     embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
@@ -70,7 +71,7 @@ class Settings:
     lambda_h: float = setting(0.002, 'hard: weight of the entropy term, eq. (12)')
     samples: int = setting(1, 'hard: samples a caption; above 1 the others are its baseline')
     expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
-    warm_up: int = setting(2, 'hard: first epochs, in which all captions do: soft attention')
+    warm_up: int = setting(2, 'hard: first epochs, in which no caption samples: soft attention')
     hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
     # training
     optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
@@ -136,6 +137,8 @@ def parse_settings():
     for name in ('epochs', 'patience', 'beam', 'max_len', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1')
+    if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
+        parser.error('--warm-up must be below --epochs: hard attention samples after it')
     order = ('data', 'optimizer', 'batch_size', 'seed') if args.resume else ()
     for name in FIXED + order if saved else ():
         if getattr(args, name) != saved[name]:
@@ -150,19 +153,21 @@ def checkpoint_of(args):
 
 
 # ------------------------------------------------------------------------- several processes
-def join_ranks(device):
-    """Under torchrun, meet the other processes; all but rank 0 keep silent. -> device, a GPU each.
+def join_ranks(name):
+    """Pick the device; under torchrun, meet the other processes, a GPU each. -> device
 
-    nccl works between GPUs, gloo between CPUs and for Python's objects.
+    nccl works between GPUs, gloo between CPUs and for Python's objects. Only rank 0 prints.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-            torch.cuda.set_device(device)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                                timeout=timedelta(days=1))  # rank 0 may compute features for hours
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, 'w')
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return pick_device(name)
+    if name != 'cpu' and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        name = 'cuda'
+    device = pick_device(name or 'cpu')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                            timeout=timedelta(days=1))  # rank 0 may compute features for hours
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, 'w')
     return device
 
 
@@ -230,29 +235,10 @@ def image_arrays(encoder, examples, s):
                         lambda images: encoder(images.to(encoder.mean.device)))
 
 
-def read_rows(images, index, device):
-    """Rows of `image_arrays` as a tensor, in memory from which a GPU can fetch it by itself."""
-    if isinstance(images, torch.Tensor):  # all of them are on the GPU
-        return images[torch.as_tensor(index, device=images.device)]
-    rows = torch.from_numpy(images[index])
-    return rows.pin_memory() if device.type == 'cuda' else rows
-
-
 def annotations(encoder, rows, device):
     """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
     rows = rows.to(device, non_blocking=True)
     return (rows if rows.dim() == 3 else encoder(rows)).float()
-
-
-def to_gpu(images, device):
-    """The array on the GPU where it takes at most half of the memory that is free there."""
-    if device.type != 'cuda' or images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return images
-    copy = torch.empty(images.shape, dtype=torch.from_numpy(images[:0].copy()).dtype,
-                       device=device)
-    for i in range(0, len(images), 1000):
-        copy[i:i + 1000] = torch.from_numpy(images[i:i + 1000].copy())
-    return copy
 
 
 def reference_words(examples, s):
@@ -321,12 +307,13 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
 
 
 # ------------------------------------------------------------------------------------ training
-def batch_loss(captioner, a, captions, s, baseline=0.0, expected=0.5):
+def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
     """Loss of a batch (mean over its captions) and numbers for the log.
 
     a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
-    the share `expected` of the captions does not sample.
+    the share `expected` (s.expected) of the captions does not sample.
     """
+    expected = s.expected if expected is None else expected
     targets = captions[:, 1:]  # (B, T)
     if s.attn == 'hard':
         captions, targets = (x.repeat_interleave(s.samples, dim=0) for x in (captions, targets))
@@ -376,16 +363,28 @@ def build(s, captions, device):
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
-def compile_step(captioner, device):
-    """Compile the decoder's step, or say why not: a C++ compiler or a known GPU is needed."""
+def compile_step(captioner, locations, s, device):
+    """Compile the decoder's step, or say why not: it takes a C++ compiler or a GPU that is known.
+
+    It is compiled when it is called, so call it, forward and backward.
+    """
     plain, c = captioner.step, captioner.config
     captioner.step = torch.compile(plain)
-    try:  # it is compiled when it is called
-        captioner(torch.zeros(2, 4, c.feature_dim, device=device),
-                  torch.zeros(2, 3, dtype=torch.long, device=device))
+    torch._dynamo.config.optimize_ddp = False  # that splits a compiled function among ranks
+    try:
+        a = torch.zeros(s.batch_size, locations, c.feature_dim, device=device)
+        captions = torch.zeros(s.batch_size, 3, dtype=torch.long, device=device)
+        with precision(s, device):
+            captioner.train()(a, captions).logits.sum().backward()
     except Exception as error:  # whatever compilers and drivers come up with
         captioner.step = plain
-        print(f'going on without --compile: {str(error).strip().splitlines()[0][:100]}')
+        print(f'going on without --compile: {error!r:.100}')
+    captioner.zero_grad()
+
+
+def precision(s, device):
+    """The context in which a training step computes: --amp or nothing special."""
+    return torch.autocast(device.type, torch.bfloat16) if s.amp else nullcontext()
 
 
 def draw_validation(path, examples, found, vocabulary, grid):
@@ -403,7 +402,9 @@ def draw_validation(path, examples, found, vocabulary, grid):
 def main():
     """Settings, data, model, then the loop."""
     s, args = parse_settings()
-    device = join_ranks(pick_device(s.device))
+    device = join_ranks(s.device)
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
     rank, world = ranks()
     splits = first_rank_first(lambda: load_captions(s.data, s.data_dir))
     if args.eval:
@@ -426,6 +427,8 @@ def main():
         folder = from_rank_0(lambda: new_folder(s))
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
                  'totals': {}}
+    if s.compile:
+        compile_step(captioner, math.prod(encoder.grid), s, device)
     groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
     if encoder.trainable:
         groups.append({'params': list(encoder.parameters()), 'lr': s.encoder_lr})
@@ -438,9 +441,6 @@ def main():
             torch.cuda.set_rng_state(state['cuda_random'], device)
     if rank:  # dropout and samples of its own
         torch.manual_seed(hash((s.seed, rank, state['epoch'], state['step'])))
-    if s.compile:
-        compile_step(captioner, device)
-
     images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
               for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
@@ -468,8 +468,10 @@ def main():
         stop.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, stop_after_step)
-    wrap = DistributedDataParallel if world > 1 else lambda module: module
-    decoder, cnn = wrap(captioner), wrap(encoder) if encoder.trainable else encoder
+    decoder, cnn = captioner, encoder
+    if world > 1:  # an RNN has no use for c_0
+        decoder = DistributedDataParallel(captioner, find_unused_parameters=s.cell == 'rnn')
+        cnn = DistributedDataParallel(encoder) if encoder.trainable else encoder
     began = saved = time.time()
     steps_done, speed, left = 0, 0.0, 0.0
     if not rank and not args.resume:
@@ -482,15 +484,17 @@ def main():
         captioner.train()
         encoder.train(learn)
         mine = [batch[rank::world] if rank < len(batch) else batch[:1] for batch in batches]
-        todo = ahead(mine[state['step']:], lambda x: read_rows(images['train'], owner[x], device))
-        for step, (batch, rows) in enumerate(todo, state['step']):
+        todo = ahead(mine[state['step']:], lambda batch: (
+            read_rows(images['train'], owner[batch], device),
+            pinned(torch.tensor([ids[i] for i in batch]), device)))
+        for step, (batch, (rows, words)) in enumerate(todo, state['step']):
             # Gradients are averaged over the ranks: one with fewer captions must count for less.
             part = len(batches[step][rank::world]) * world / len(batches[step])
             done = (epoch + step / len(batches)) / s.epochs  # share of the training
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
-            words = torch.tensor([ids[i] for i in batch], device=device)  # (B, T+1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+            words = words.to(device, non_blocking=True)  # (B, T+1)
+            with precision(s, device):
                 with torch.set_grad_enabled(learn):
                     a = annotations(cnn, rows, device)
                 loss, numbers = batch_loss(decoder, a, words, s, state['baseline'], expected)
@@ -511,7 +515,9 @@ def main():
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
                       f'{loss.item():.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
                       end='', flush=True)
-            if step % 50 == 49 or step + 1 == len(batches):
+            # Ctrl-C reached some rank? gloo answers, no GPU waits.
+            stopping = mean_over_ranks(torch.tensor(float(len(stop)))) > 0
+            if step % 50 == 49 or step + 1 == len(batches) or stopping:
                 if not math.isfinite(mean_over_ranks(state['totals']['loss']) + sum(norms)):
                     raise UserError(
                         f'the loss is not a number in epoch {epoch + 1}, by step {step + 1}: go on '
@@ -520,7 +526,7 @@ def main():
                 if not rank and time.time() - saved > 600:
                     save_last()
                     saved = time.time()
-            if mean_over_ranks(torch.tensor(float(len(stop)))) > 0:  # Ctrl-C reached some rank
+            if stopping:
                 if not rank:
                     save_last()
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
@@ -543,7 +549,8 @@ def main():
         for words, example in list(zip(hypotheses, splits['val']))[:2]:
             print(f'    {" ".join(words)}   [{example.captions[0]}]')
         state.update(epoch=epoch + 1, step=0, totals={})
-        better = bleu4 > state['best']
+        # Where sampling begins the model is another one: what was best before is forgotten.
+        better = bleu4 > state['best'] or s.attn == 'hard' and epoch == s.warm_up
         if better:
             state.update(best=bleu4, best_epoch=epoch)
         if not rank:
@@ -561,6 +568,8 @@ def main():
     for split in ('test', 'unseen'):
         if split in splits:
             report(captioner, encoder, vocabulary, s, split, splits[split], folder)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
