@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -28,7 +29,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import bleu_meteor
 import data
+import train
 from attention import (BahdanauAttention, DotAttention, doubly_stochastic, entropy, hard_context,
                        reinforce_loss, soft_context)
 from bleu_meteor import bleu, human_score, meteor, tokenize
@@ -36,6 +39,7 @@ from data import END, PAD, START, UNK, UserError, Vocabulary
 from model import (Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, load_checkpoint,
                    save_checkpoint)
 from sample import PANEL, attention_map, draw_attention
+from train import Settings, batch_loss
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared'
@@ -350,6 +354,16 @@ def test_reinforce_is_unbiased_and_the_bound_holds():
         spread[baseline] = float((square - mean.square()).sum())
     assert abs(spread[0.0] - spread[bound.item()]) > 0.01 * spread[0.0]  # the variance changes
 
+    # --samples 2: the other sample's log p(y | s, a) is the baseline, over all pairs of sequences.
+    settings = Settings(attn='hard', samples=2, expected=0.0, lambda_r=1.0, lambda_h=0.0)
+    mean = 0.0
+    for pair in itertools.product(sequences, repeat=2):
+        p = math.exp(sum(run(s)[1].item() for s in pair))
+        loss, _ = batch_loss(lambda a, captions, expected: captioner(
+            a, captions, s=torch.tensor(pair)), a, captions, settings, baseline=1e9)
+        mean = mean - p * flat_gradient(loss)
+    torch.testing.assert_close(mean, exact, atol=1e-9, rtol=1e-6)
+
 
 # ------------------------------------------------------------------------------ beam search
 @pytest.mark.parametrize('attn, score, cell', [
@@ -436,6 +450,16 @@ CAPTIONS = [
     ('a sign says "stop." and a car stops', 'a sign says stop and a car stops'),
     ("The dogs' bowls; the girl\u2019s caf\u00e9 na\u00efve \u2014 dash \u2013 en",
      "the dogs bowls the girl 's caf\u00e9 na\u00efve dash en")]
+
+
+def test_plain_captions_are_tokenized_the_same_the_quick_way(monkeypatch):
+    rng, words = random.Random(0), 'a dog cannot gonna t-shirt two , runs, x b. wanna - lemme is'
+    captions = [' '.join(rng.choices(words.split(), k=rng.randint(1, 9)))
+                + rng.choice(('', ' .', '.')) for _ in range(500)]
+    quick = [tokenize(c, punctuation=True) for c in captions]
+    monkeypatch.setattr(bleu_meteor.re, 'fullmatch', lambda pattern, text: (
+        None if 'a-z' in pattern else re.match(f'(?:{pattern})$', text)))
+    assert quick == [tokenize(c, punctuation=True) for c in captions]
 
 
 @pytest.mark.parametrize('caption, words', CAPTIONS)
@@ -1097,7 +1121,6 @@ def test_two_processes_train_like_one(trained):
 
 
 def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
-    import train
     captioner = tiny_captioner()
 
     def no_compiler(step):
@@ -1105,7 +1128,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
             raise RuntimeError('no C++ compiler')
         return fail
     monkeypatch.setattr(torch, 'compile', no_compiler)
-    train.compile_step(captioner, 4, train.Settings(), torch.device('cpu'))
+    train.compile_step(captioner, 4, Settings(), torch.device('cpu'))
     assert 'no C++ compiler' in capsys.readouterr().out
     captioner(torch.zeros(2, 4, captioner.config.feature_dim), torch.zeros(2, 3, dtype=torch.long))
 
@@ -1117,6 +1140,29 @@ def test_batches_are_read_ahead_in_order():
     assert begun == [3, 1, 2] and list(data.ahead([], None)) == []
     with pytest.raises(OSError):  # what fails in the thread is not lost
         list(data.ahead([1], lambda x: open('/no such file')))
+
+
+def test_a_cnn_learns_only_from_its_epoch_on(trained):
+    folder, _ = trained
+    torch.manual_seed(0)
+    before = Encoder('tiny', 32).state_dict()
+    for epoch in (0, 1):
+        result = run('train.py', *TINY_RUN, '--epochs', '1', '--finetune-from', epoch,
+                     '--name', f'from-{epoch}', cwd=folder)
+        assert result.returncode == 0, result.stderr
+        after = load_checkpoint(folder / 'runs' / f'from-{epoch}' / 'last.pt')[1].state_dict()
+        assert same(before, after) == (epoch == 1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(trained):
+    folder, _ = trained
+    for attn in ('soft', 'hard'):
+        result = run('train.py', *TINY_RUN, '--attn', attn, '--lr', '1e36', '--name',
+                     f'nan-{attn}', cwd=folder)
+        assert result.returncode == 2 and 'Traceback' not in result.stderr
+        assert 'the loss is not a number in epoch' in result.stderr
+        captioner, *_ = load_checkpoint(folder / 'runs' / f'nan-{attn}' / 'last.pt')
+        assert all(torch.isfinite(weight).all() for weight in captioner.parameters())
 
 
 def test_eval_and_the_score_command_agree(trained):
@@ -1135,7 +1181,6 @@ def test_eval_and_the_score_command_agree(trained):
     ('soft', 'additive', 'lstm'), ('soft', 'dot', 'lstm'), ('hard', 'additive', 'lstm'),
     ('none', 'additive', 'lstm'), ('soft', 'additive', 'rnn'), ('none', 'additive', 'rnn')])
 def test_every_rung_learns_a_batch_by_heart(attn, score, cell):
-    from train import Settings, batch_loss
     torch.manual_seed(0)
     a, words = torch.randn(8, 6, 10), torch.randint(4, 20, (8, 5))
     captions = torch.cat([torch.full((8, 1), START), words, torch.full((8, 1), END)], dim=1)
@@ -1155,7 +1200,6 @@ def test_every_rung_learns_a_batch_by_heart(attn, score, cell):
 
 
 def test_hard_attention_that_always_takes_the_expectation_is_soft_attention():
-    from train import Settings, batch_loss
     a, captions, found = torch.randn(4, 6, 10), torch.randint(4, 20, (4, 5)), []
     for attn in ('soft', 'hard'):
         torch.manual_seed(0)
@@ -1168,15 +1212,15 @@ def test_hard_attention_that_always_takes_the_expectation_is_soft_attention():
 
 
 def test_bfloat16_changes_the_gradient_little():
-    from train import Settings, batch_loss
     a, captions = torch.randn(16, 9, 32), torch.randint(4, 50, (16, 8))
-    for attn, score in (('soft', 'additive'), ('soft', 'dot'), ('none', 'additive')):
+    for attn, score in (('soft', 'additive'), ('soft', 'dot'), ('none', 'additive'),
+                        ('hard', 'additive')):
         torch.manual_seed(0)
         captioner = Captioner(CaptionerConfig(50, 32, attn, score, 'lstm', 24, 24, 24, 0.0))
         losses, gradients = [], []
         for amp in (False, True):
             with torch.autocast('cpu', torch.bfloat16, enabled=amp):
-                loss, _ = batch_loss(captioner, a, captions, Settings(attn=attn))
+                loss, _ = batch_loss(captioner, a, captions, Settings(attn=attn), expected=1.0)
                 out = captioner(a, captions)
             parts = torch.autograd.grad(loss, list(captioner.parameters()))
             losses.append(loss.item())
