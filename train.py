@@ -315,8 +315,9 @@ def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
     """
     expected = s.expected if expected is None else expected
     targets = captions[:, 1:]  # (B, T)
+    samples = s.samples if expected < 1 else 1  # where no caption samples one pass is all
     if s.attn == 'hard':
-        captions, targets = (x.repeat_interleave(s.samples, dim=0) for x in (captions, targets))
+        captions, targets = (x.repeat_interleave(samples, dim=0) for x in (captions, targets))
         coin = torch.rand(len(captions), 1, device=a.device) < expected
         out = captioner(a, captions, expected=coin.expand(targets.shape))
     else:
@@ -325,9 +326,9 @@ def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
     log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
     numbers = {'nll/word': -log_p_y.mean() / targets.shape[1]}
     if s.attn == 'hard':
-        if s.samples > 1:  # the other samples of the same caption are its baseline
-            r = log_p_y.detach().view(-1, s.samples)
-            baseline = ((r.sum(1, keepdim=True) - r) / (s.samples - 1)).flatten()
+        if samples > 1:  # the other samples of the same caption are its baseline
+            r = log_p_y.detach().view(-1, samples)
+            baseline = ((r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
         loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, s.lambda_r,
                               s.lambda_h)
         numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
