@@ -1120,6 +1120,32 @@ def test_two_processes_train_like_one(trained):
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize('attn, score, samples', [
+    ('soft', 'additive', 1), ('soft', 'dot', 1), ('hard', 'additive', 1), ('hard', 'additive', 3),
+    ('none', 'additive', 1)])
+def test_a_training_step_never_asks_the_device_for_a_value(attn, score, samples):
+    """Tensors on the device 'meta' have no values: whoever wants one, such as .item(), fails."""
+    captioner = Captioner(CaptionerConfig(50, 32, attn, score)).to('meta').train()
+    optimizer = torch.optim.Adam(captioner.parameters())
+    a = torch.empty(8, 9, 32, device='meta')
+    captions = torch.empty(8, 6, dtype=torch.long, device='meta')
+    loss, numbers = batch_loss(captioner, a, captions, Settings(attn=attn, samples=samples),
+                               torch.zeros((), device='meta'))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(captioner.parameters(), 5.0)
+    optimizer.step()
+    assert loss.is_meta and all(weight.grad.is_meta for weight in captioner.parameters())
+
+
+def test_rows_of_an_array_and_of_a_tensor_are_the_same():
+    array, index = np.arange(24, dtype=np.float16).reshape(6, 2, 2), np.array([4, 0, 4])
+    cpu = torch.device('cpu')
+    assert data.to_gpu(array, cpu) is array  # there is no GPU to put it on
+    for kind in (array, torch.from_numpy(array)):
+        rows = data.read_rows(kind, index, cpu)
+        np.testing.assert_array_equal(rows.numpy(), array[[4, 0, 4]])
+
+
 def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     captioner = tiny_captioner()
 
