@@ -10,13 +10,15 @@ the paper's figures 2, 3 and 5: for each word, the image under the attention tha
 import argparse
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import UserError, is_image, load_image, open_image, run_command
+from data import UserError, ahead, is_image, load_image, open_image, run_command
 from model import load_checkpoint, pick_device
 
 PANEL, LABEL, GAP = 224, 30, 6  # pixels: width of a panel, height of its label, space between
@@ -128,18 +130,24 @@ def read_images(paths, size):
     return good, torch.from_numpy(np.stack(images)) if images else None, problems
 
 
-def save_picture(path, out, taken, *drawing):
-    """Draw and save path's attention in the folder `out`, under a name that is not taken yet."""
+def picture_path(path, out, taken):
+    """Where path's picture goes: in the folder `out` or beside it, under a name not yet taken."""
     picture, number = Path(out or path.parent) / f'{path.stem}.attention.png', 2
     while picture in taken:  # photo.jpg and photo.png, or images of one name in several folders
         picture, number = picture.with_name(f'{path.stem}.{number}.attention.png'), number + 1
+    taken.add(picture)
+    return picture
+
+
+def save_picture(path, picture, *drawing):
+    """Draw path's attention and save it. Raises UserError where it cannot be written."""
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
+        # The lightest compression: four times as fast for a tenth more bytes.
         draw_attention(open_image(path), *drawing).save(picture, compress_level=1)
     except OSError as error:
         raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for the '
                         'pictures with --out') from None
-    return picture
 
 
 def main():
@@ -156,30 +164,34 @@ def main():
                         'vocabulary')
     print(f'model: {checkpoint}', file=sys.stderr)
     paths, results, problems, taken = image_paths(args.images), [], [], set()
-    for i in range(0, len(paths), args.batch_size):
-        batch, images, broken = read_images(paths[i:i + args.batch_size], encoder.image_size)
-        problems += broken
-        if not batch:
-            continue
-        with torch.inference_mode():
-            found = captioner.beam_search(encoder(images.to(device)), beam, args.max_len, penalty)
-        for path, hypotheses in zip(batch, found):
-            captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)), 'log_prob': h.log_prob}
-                        for h in hypotheses[:args.top]]
-            results.append({'image': str(path), 'captions': captions})
-            if not args.json:
-                for c in captions:
+    batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
+    with ThreadPoolExecutor() as pool:  # pictures are drawn while the next images are captioned
+        drawings = []
+        for _, (batch, images, broken) in ahead(batches, partial(read_images,
+                                                                 size=encoder.image_size)):
+            problems += broken
+            if not batch:
+                continue
+            with torch.inference_mode():
+                found = captioner.beam_search(encoder(images.to(device)), beam, args.max_len,
+                                              penalty)
+            for path, hypotheses in zip(batch, found):
+                captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)),
+                             'log_prob': h.log_prob} for h in hypotheses[:args.top]]
+                best, picture = hypotheses[0], picture_path(path, args.out, taken)
+                results.append({'image': str(path), 'captions': captions, 'picture': str(picture)})
+                drawings.append(pool.submit(save_picture, path, picture,
+                                            vocabulary.decode(best.tokens), best.alphas,
+                                            best.betas, encoder.grid))
+                for c in [] if args.json else captions:
                     log_prob = f"  ({c['log_prob']:.2f})" if args.top > 1 else ''
                     print(f"{path}: {c['caption']}{log_prob}")
-            best = hypotheses[0]
-            try:
-                picture = save_picture(path, args.out, taken, vocabulary.decode(best.tokens),
-                                       best.alphas, best.betas, encoder.grid)
-            except UserError as error:
-                problems.append(str(error))
-            else:
-                taken.add(picture)
-                results[-1]['picture'] = str(picture)
+    for result, drawing in zip(results, drawings):
+        try:
+            drawing.result()
+        except UserError as error:
+            problems.append(str(error))
+            del result['picture']
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if problems:
