@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import re
+import zipfile
 from collections import Counter
 
 import nltk
@@ -94,7 +95,7 @@ def has_wordnet():
     try:
         nltk.corpus.wordnet.ensure_loaded()
         return True
-    except LookupError:
+    except (LookupError, OSError, zipfile.BadZipFile):  # none, or not all of it
         print('METEOR is left out, for NLTK has no WordNet: get it with '
               '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it')
         return False
@@ -113,7 +114,7 @@ def meteor(references, hypotheses):
     from nltk.translate.meteor_score import meteor_score
     scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
               for refs, hypothesis in zip(references, hypotheses)]
-    return 100 * sum(scores) / len(scores)
+    return 100 * math.fsum(scores) / len(scores)  # whatever the order of the images
 
 
 def score(references, hypotheses):
@@ -164,7 +165,7 @@ def main():
     try:
         captions, references = read_pair(args.results, args.references)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        parser.error(f'{error}; -h says what the files hold')
+        parser.exit(2, f'error: {error}; -h says what the files hold\n')
     if args.punctuation:
         captions = [caption.rstrip(' .') + ' .' for caption in captions]
     hypotheses = [tokenize(caption, args.punctuation) for caption in captions]

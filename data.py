@@ -9,6 +9,7 @@ is just a function from images to arrays.
 import csv
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -37,6 +38,9 @@ def run_command(main):
     """Run a script's main function; what a user can put right becomes one line and status 2."""
     try:
         main()
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -321,7 +325,7 @@ def download(address, kind, checksum, folder):
         with zipfile.ZipFile(archive) as file:  # its extractall never leaves the folder
             file.extractall(unpacked)
         os.replace(unpacked, archive.with_suffix(''))
-    except OSError as error:
+    except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f'cannot unpack {archive}: {error}') from None
     if fetched:
         archive.unlink()
@@ -333,58 +337,80 @@ def list_files(folder):
             for name in names if not name.startswith('._') and 'unpacking.part' not in place}
 
 
-def read_karpathy(path):
+def read_lists(path, *keys):
+    """The lists that a JSON file holds under these keys. Raises UserError if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise UserError(f'{path} is not JSON, or not all of it ({error}): get it anew') from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
+        raise UserError(f'{path} has no {" and ".join(keys)}: get it anew')
+    return [content[key] for key in keys]
+
+
+def read_karpathy(path, problems):
     """Karpathy's dataset_NAME.json -> {split: {image: captions}}; restval counts as train."""
     splits = {'train': {}, 'val': {}, 'test': {}}
-    for image in json.loads(path.read_text(encoding='utf-8'))['images']:
-        split = 'train' if image['split'] == 'restval' else image['split']
-        splits[split][image['filename']] = [s['raw'] for s in image['sentences']]
+    [images] = read_lists(path, 'images')
+    for number, image in enumerate(images):
+        try:
+            split = 'train' if image['split'] == 'restval' else image['split']
+            splits[split][image['filename']] = [s['raw'] for s in image['sentences']]
+        except (KeyError, TypeError):
+            problems.append(f'{path}: number {number} of its images lacks a part: {image!s:.60}')
     return splits
 
 
-def read_coco(files):
+def read_coco(files, problems):
     """COCO's captions_{train,val}2014.json -> {split: {image: captions}}.
 
-    COCO publishes no test captions: the first 5,000 images of val by id are for validation, the
-    next 5,000 for testing. Karpathy's split, which is preferred, is what papers compare on.
+    COCO publishes no test captions: the first 5,000 images of val by id are for validation (or
+    half of what is there), the next 5,000 for testing. Karpathy's split, which is preferred, is what papers compare on.
     """
     print('There is no dataset_coco.json: the images of val2014 are divided by number, so scores '
           'cannot be compared with published ones')
     parts = {}
     for part in ('train', 'val'):
-        if f'captions_{part}2014.json' not in files:
+        path = files.get(f'captions_{part}2014.json')
+        if path is None:
             raise UserError(f'COCO without captions_{part}2014.json: put it beside the other')
-        content = json.loads(files[f'captions_{part}2014.json'].read_text(encoding='utf-8'))
-        names = {image['id']: image['file_name'] for image in content['images']}
-        parts[part] = {names[i]: [] for i in sorted(names)}
-        for annotation in content['annotations']:
-            parts[part][names[annotation['image_id']]].append(annotation['caption'])
-    val = list(parts['val'].items())
-    return {'train': parts['train'], 'val': dict(val[:5000]), 'test': dict(val[5000:10000])}
+        images, annotations = read_lists(path, 'images', 'annotations')
+        by_id = {}
+        for entry in images + annotations:
+            try:
+                if 'caption' in entry:
+                    by_id[entry['image_id']][1].append(entry['caption'])
+                else:
+                    by_id[int(entry['id'])] = (entry['file_name'], [])
+            except (KeyError, TypeError, ValueError):
+                problems.append(f'{path}: an entry lacks a part, or its image: {entry!s:.60}')
+        parts[part] = [by_id[i] for i in sorted(by_id)]
+    train, val = parts['train'], parts['val']
+    held = min(5000, -(-len(val) // 2))
+    return {'train': dict(train), 'val': dict(val[:held]), 'test': dict(val[held:2 * held])}
 
 
-def read_captions(path):
+def read_captions(path, problems):
     """A file with one caption a line -> {image: captions}.
 
     Three layouts: Flickr's `name.jpg#0<tab>caption`, Kaggle's Flickr8k `name.jpg,caption` and
     Kaggle's Flickr30k `name.jpg| 0| caption`, the last two under a line of column names.
     """
-    captions = {}
-    with open(path, encoding='utf-8', newline='') as file:
-        if path.suffix == '.csv':
-            next(file)
-            rows = (re.split(r'\|\s*\d+\s*\|?', line.strip(), maxsplit=1) for line in file)
-        elif path.name == 'captions.txt':
-            rows = csv.reader(file)
-            next(rows)
-        else:
-            rows = (line.rstrip().split('\t', 1) for line in file)
-        for number, row in enumerate(rows, start=1):
-            if not ''.join(row):
-                continue  # an empty line
-            if len(row) != 2 or not row[1].strip():
-                raise UserError(f'{path}: caption {number} cannot be read: {row}')
-            captions.setdefault(row[0].split('#')[0], []).append(row[1].strip())
+    captions, kaggle = {}, path.name in ('captions.txt', 'results.csv')
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            line = line.decode('utf-8-sig').strip()
+            if not line or kaggle and number == 1:
+                continue
+            if path.name == 'captions.txt':
+                name, caption = next(csv.reader([line]))
+            elif kaggle:
+                name, caption = re.split(r'\|\s*\d+\s*\|?', line, maxsplit=1)
+            else:
+                name, caption = line.split('\t', 1)
+            captions.setdefault(name.split('#')[0], []).append(caption.strip())
+        except (ValueError, csv.Error):
+            problems.append(f'{path}, line {number}: not an image and its caption: {line!s:.60}')
     captions.pop(NO_SUCH_IMAGE, None)
     return captions
 
@@ -394,23 +420,57 @@ def split_captions(files, captions):
     lists = {'train': 'Flickr_8k.trainImages.txt', 'val': 'Flickr_8k.devImages.txt',
              'test': 'Flickr_8k.testImages.txt'}
     if all(name in files for name in lists.values()):
-        parts = {split: files[name].read_text(encoding='utf-8').split()
+        parts = {split: files[name].read_text(encoding='utf-8', errors='replace').split('\n')
                  for split, name in lists.items()}
+        parts = {split: [x.strip() for x in parts[split] if x.strip()] for split in parts}
     else:
-        held = min(1000, len(captions) // 8)
+        held = min(1000, -(-len(captions) // 8))
         names = random.Random(0).sample(sorted(captions), len(captions))
         print(f'There is no list of splits: {held} images each for validation and test are drawn '
               'from a seed, so scores cannot be compared with published ones')
         parts = {'train': names[2 * held:], 'val': names[:held], 'test': names[held:2 * held]}
+        if len(names) < 3:
+            print('With so few images all of them are for training, validation and test')
+            parts = dict.fromkeys(parts, names)
     return {split: {image: captions.get(image, []) for image in parts[split]} for split in parts}
 
 
-def load_captions(name, root='data'):
+def sound(captions, path, files, problems):
+    """{image: captions} of a split without images that are not there and captions without words.
+
+    Each of them, and each image that is left without a caption, adds a line to `problems`.
+    """
+    kept = {}
+    for image, texts in captions.items():
+        good = [text for text in texts if isinstance(text, str) and text.strip()]
+        if image not in files:
+            problems.append(f'{path} has captions for {image}, which is not in the folder')
+        elif not good or len(good) < len(texts):
+            problems.append(f'{path}: {image} has {"an empty" if texts else "no"} caption')
+        if good and image in files:
+            kept[image] = good
+    return kept
+
+
+def broken_images(paths):
+    """Open each image -> what is wrong with those that cannot be opened, {path: text}."""
+    def problem(path):
+        try:
+            open_image(path)
+        except UserError as error:
+            return str(error)
+    with ThreadPoolExecutor() as pool:
+        return {path: text for path, text in zip(paths, pool.map(problem, paths)) if text}
+
+
+def load_captions(name, root='data', skip_bad=False):
     """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example.
 
     name: shapes (which also has 'unseen', a second test split), flickr8k, flickr30k or coco;
     root: the folder that holds a folder of that name. What is missing is downloaded.
-    Raises UserError where files are missing or cannot be read.
+    Bad lines, captions without words or without their image, and images without captions are
+    left out and counted with skip_bad, and so are images that cannot be read: each is opened once.
+    Raises UserError for them otherwise, and where files are missing or cannot be read.
     """
     if name == 'shapes':
         return {'train': make_shapes(7000, 'train'), 'val': make_shapes(200, 'val'),
@@ -434,24 +494,33 @@ def load_captions(name, root='data'):
     path = next((files[file] for file in CAPTION_FILES[name] if file in files), None)
     if path is None:
         raise UserError(f'{folder} has none of the caption files {", ".join(CAPTION_FILES[name])}')
+    problems = []  # a line each
     if path.name.startswith('dataset_'):
-        splits = read_karpathy(path)
+        splits = read_karpathy(path, problems)
+    elif name == 'coco':
+        splits = read_coco(files, problems)
     else:
-        splits = read_coco(files) if name == 'coco' else split_captions(files, read_captions(path))
-    wanted = {image: captions for split in splits.values() for image, captions in split.items()}
-    missing = [image for image in wanted if image not in files]
-    if missing or not wanted:
-        raise UserError(f'{folder}: {len(missing)} of {len(wanted)} images with captions are '
-                        f'missing, such as {missing[:2]}: complete the folder, or move it away to '
-                        'have it downloaded')
-    silent = [image for image in wanted if not wanted[image]]
-    if silent:
-        raise UserError(f'{path} has no caption for {len(silent)} images, such as {silent[:2]}')
+        splits = split_captions(files, read_captions(path, problems))
+    splits = {split: sound(splits[split], path, files, problems) for split in splits}
+    if skip_bad:
+        broken = broken_images([files[image] for split in splits.values() for image in split])
+        problems += broken.values()
+        splits = {split: {image: captions for image, captions in splits[split].items()
+                          if files[image] not in broken} for split in splits}
+    if problems:
+        count = f'{problems[0]}' + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
+        if not skip_bad:
+            raise UserError(f'{count}: put it right, or leave out what is bad with --skip-bad')
+        print(f'left out {len(problems)} bad captions and images: {count}')
+    for split in ('train', 'val'):
+        if not splits[split]:
+            raise UserError(f'{folder}: there is no image with captions for {split}')
 
     def name_of(image):  # COCO knows its images by the number in their names
         return int(image[-16:-4]) if re.fullmatch(r'COCO_.*_\d{12}\.jpg', image) else image
     return {split: [Example(files[image], captions, name=name_of(image))
-                    for image, captions in splits[split].items()] for split in splits}
+                    for image, captions in splits[split].items()]
+            for split in splits if splits[split]}
 
 
 # ---------------------------------------------------------------------------- images and arrays
@@ -465,6 +534,8 @@ def open_image(source):
         return Image.fromarray(source)
     try:
         with Image.open(source) as image:
+            if 0 in image.size:
+                raise ValueError('it has no pixels')
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
                 pixels = np.asarray(image, dtype=np.float64)
@@ -479,9 +550,13 @@ def open_image(source):
     except FileNotFoundError:
         raise UserError(f'there is no image {source}') from None
     except UnidentifiedImageError:
-        raise UserError(f'{source} is not an image that Pillow can read') from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f'{source} cannot be read: {error}') from None
+        error = 'it is not an image that Pillow knows'
+    except Image.DecompressionBombError:
+        error = f'it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels'
+    except Exception as problem:  # whatever a broken file makes of Pillow's many readers
+        error = getattr(problem, 'strerror', None) or problem
+    raise UserError(f'{source} cannot be read ({error}): replace it or leave it out (in training '
+                    '--skip-bad does)')
 
 
 def load_image(source, size):
@@ -500,10 +575,10 @@ def image_batches(sources, size, batch_size=32):
             yield torch.from_numpy(np.stack(list(pixels)))
 
 
-def cache_arrays(examples, size, cache_dir, label, encode=None):
+def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     """The examples' images as one array (N, ..) in the order of `examples`.
 
-    encode maps image tensors (B, 3, size, size) to features (B, L, D), which are kept as float16
+    encode maps image tensors (B, 3, size, size) to features (B, *shape), which are kept as float16
     in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
     are, those of drawn images in memory. The file's name ends in a digest of `label` (which
     encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
@@ -516,28 +591,39 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     known = [hashlib.md5(x).hexdigest() if drawn else [x.name, x.stat().st_size] for x in sources]
     digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
+    dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
     if path.exists():
         try:
-            return np.load(path, mmap_mode='r')
-        except (ValueError, OSError, EOFError):
-            print(f'{path} is damaged and is made again')
+            array = np.load(path, mmap_mode='r')
+            if array.shape == (len(sources), *row) and array.dtype == dtype:
+                return array
+            why = f'it holds {array.dtype} {array.shape}'
+        except (ValueError, OSError, EOFError) as error:
+            why = error
+        print(f'{path} is made again, for it is damaged: {why}')
+
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {
+        'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
+        'shape': (len(sources), *row)})
+    head, bytes_a_row = head.getvalue(), math.prod(row) * np.dtype(dtype).itemsize
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
-    done, end = rows_in(part)
-    print(f'computing {path} for {len(examples) - done} images')
     part.touch()
     with open(part, 'r+b') as file:  # another run may be writing the same rows: no harm
-        file.seek(end)
+        done = 0  # rows that an interrupted run has left
+        if file.read(len(head)) == head:
+            done = (part.stat().st_size - len(head)) // bytes_a_row
+        need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
+        if need > free:
+            raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
+                            f'{free / 1e9:.1f}: make room, or use another --cache-dir')
+        print(f'computing {path} for {len(sources) - done} images')
+        file.seek(0)
+        file.write(head)
+        file.seek(len(head) + done * bytes_a_row)
         for images in image_batches(sources[done:], size):
             rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
-            if not file.tell():
-                need, free = len(sources) * rows[0].nbytes, shutil.disk_usage(path.parent).free
-                if need > free:
-                    raise UserError(f'{path} needs {need / 1e9:.1f} GB, the disk has '
-                                    f'{free / 1e9:.1f}: make room, or use another --cache-dir')
-                np.lib.format.write_array_header_1_0(
-                    file, {'descr': np.lib.format.dtype_to_descr(rows.dtype),
-                           'fortran_order': False, 'shape': (len(sources), *rows.shape[1:])})
             file.write(rows.tobytes())
             done += len(rows)
             if sys.stdout.isatty():
@@ -549,19 +635,6 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     except FileNotFoundError:  # the other run was faster
         pass
     return np.load(path, mmap_mode='r')
-
-
-def rows_in(part):
-    """Whole rows in a .npy file whose writing was interrupted, and the byte where they end."""
-    try:
-        with open(part, 'rb') as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            row = dtype.itemsize * math.prod(shape[1:])
-            done = (part.stat().st_size - file.tell()) // row
-            return done, file.tell() + done * row if done else 0
-    except (OSError, ValueError):  # none, or not even its head is whole
-        return 0, 0
 
 
 # ----------------------------------------------------------------------------------- batches

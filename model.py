@@ -13,6 +13,7 @@ LSTM's state, E word embedding, y words. A line that changes a shape ends with i
 """
 import hashlib
 import os
+import pickle
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -364,7 +365,7 @@ class Captioner(nn.Module):
         score[:, 0] = 0
         open_beams = torch.full((B, 1), K, device=a.device)  # beams that have not ended
         rank = torch.arange(K, device=a.device)
-        first = torch.arange(B, device=a.device).unsqueeze(1) * K  # (B, 1), row of beam 0
+        images = torch.arange(B, device=a.device)  # those whose captions have not all ended
         trace = []
         for _ in range(max_len):
             y = self.E(words)  # (B*K, M)
@@ -372,18 +373,24 @@ class Captioner(nn.Module):
             log_p = self.logits(y, state[0], look and look.z).log_softmax(dim=1)  # (B*K, V)
             log_p = log_p.nan_to_num(nan=-1e4)  # a model that diverged still says something
             log_p[:, [PAD, START, UNK]] = -torch.inf
-            total = (score.view(B * K, 1) + log_p).view(B, K * V)
+            total = (score.view(-1, 1) + log_p).view(-1, K * V)
             score, best = total.topk(K, dim=1)  # (B, K), best first
             parent, words = best // V, best % V  # (B, K)
             kept = (rank < open_beams) & (score > -torch.inf)
             ended = kept & (words == END)
-            trace.append((words, parent, score, ended, kept & ~ended, look))
+            trace.append((images, look, words, parent, score, ended, kept & ~ended))
             open_beams = open_beams - ended.sum(dim=1, keepdim=True)
             score = score.masked_fill(ended | ~kept, -torch.inf)
-            rows, words = (first + parent).flatten(), words.flatten()
-            state = [x[rows] for x in state]
-            if not (score > -torch.inf).any():
+            rows = torch.arange(len(images), device=a.device).unsqueeze(1) * K + parent  # (B, K)
+            going = (score > -torch.inf).any(dim=1).nonzero().squeeze(1)
+            if not len(going):
                 break
+            if len(going) <= len(images) / 2:  # finished images are not computed further
+                images, rows, words, score, open_beams = (
+                    x[going] for x in (images, rows, words, score, open_beams))
+                keys, a = (x if x is None else x.unflatten(0, (-1, K))[going].flatten(0, 1)
+                           for x in (keys, a))
+            words, state = words.flatten(), [x[rows.flatten()] for x in state]
         found = self._read_back(trace, B, K)
         return [sorted(f, key=lambda x: (x.tokens[-1] != END, -x.log_prob
                                          / len(x.tokens) ** length_penalty)) for f in found]
@@ -391,12 +398,18 @@ class Captioner(nn.Module):
     @staticmethod
     def _read_back(trace, B, K):
         """Follow each caption of a beam search from its last word back to its first."""
-        *parts, looks = zip(*trace)
-        words, parent, score, ended, cut = (torch.stack(p).cpu().numpy() for p in parts)
+        images, looks, *parts = zip(*trace)
+
+        def stack(steps):  # of (images, K, ..) each -> (T, B, K, ..), 0 where an image has finished
+            whole = steps[0].new_zeros(len(steps), B, *steps[0].shape[1:])
+            for t, x in enumerate(steps):
+                whole[t, images[t]] = x
+            return whole.cpu().numpy()
+        words, parent, score, ended, cut = map(stack, parts)
         alphas = betas = None
         if looks[0] is not None:
-            alphas = torch.stack([x.alpha for x in looks]).unflatten(1, (B, K)).cpu().numpy()
-            betas = torch.stack([x.beta for x in looks]).unflatten(1, (B, K)).cpu().numpy()
+            alphas = stack([x.alpha.unflatten(0, (-1, K)) for x in looks])
+            betas = stack([x.beta.unflatten(0, (-1, K)) for x in looks])
         ended[-1] |= cut[-1]  # at max_len the captions that go on are cut
         found = [[] for _ in range(B)]
         for last, b, k in zip(*ended.nonzero()):
@@ -445,15 +458,28 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
 
 
 def read_checkpoint(path, device='cpu'):
-    """The dictionary in a checkpoint file. Raises UserError if the file is not one."""
+    """The dictionary in a checkpoint file; no code in it is run.
+
+    Raises UserError if the file is none, was damaged, or is of another program or version.
+    """
+    advice = 'name a checkpoint of this program, such as runs/NAME/best.pt'
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the sums of the parts
+            damaged = file.testzip()
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}') from None
-    except Exception as error:  # torch.load has no error of its own for a broken or foreign file
-        raise UserError(f'{path} cannot be read as a checkpoint: {str(error)[:100]}') from None
-    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this program ('{FORMAT}')")
+        raise UserError(f'there is no checkpoint {path}: {advice}') from None
+    except pickle.UnpicklingError:
+        raise UserError(f'{path} holds more than weights, numbers and text (code, perhaps), and is '
+                        f'not loaded: {advice}') from None
+    except Exception as error:  # a broken or foreign file: neither has an error of its own
+        reason = str(error).partition('\n')[0][:100]
+        raise UserError(f'{path} is not a checkpoint, or not all of one ({reason}): {advice}'
+                        ) from None
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if damaged or found != FORMAT:
+        raise UserError(f'{path} ' + ('is damaged' if damaged else f"is of the format '{found}', "
+                        f"and this program reads '{FORMAT}'") + f': {advice}')
     return checkpoint
 
 
@@ -476,6 +502,13 @@ def load_checkpoint(path, device='cpu'):
     captioner.load_state_dict(checkpoint['captioner'])
     return (captioner.to(device).eval(), encoder.to(device).eval(),
             Vocabulary(checkpoint['words']), checkpoint['settings'])
+
+
+def check_beam(beam, vocabulary):
+    """Raise UserError unless a beam of this size makes sense."""
+    if not 1 <= beam <= len(vocabulary):
+        raise UserError(f'--beam {beam}: it must be from 1 to the {len(vocabulary)} words of the '
+                        'vocabulary')
 
 
 def pick_device(name=''):

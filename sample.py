@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data import UserError, ahead, is_image, load_image, open_image, run_command
-from model import load_checkpoint, pick_device
+from model import check_beam, load_checkpoint, pick_device
 
 PANEL, LABEL, GAP = 224, 30, 6  # pixels: width of a panel, height of its label, space between
 
@@ -114,7 +114,7 @@ def parse_arguments():
     parser.add_argument('--device', default='', help='cpu, cuda or mps (default: the best)')
     args = parser.parse_args()
     if min(args.top, args.max_len, args.batch_size) < 1:
-        parser.error('--top, --max-len and --batch-size must be at least 1')
+        raise UserError('--top, --max-len and --batch-size must be at least 1')
     return args
 
 
@@ -159,9 +159,7 @@ def main():
     captioner.config.hard_decode = args.hard_decode or captioner.config.hard_decode
     beam = settings['beam'] if args.beam is None else args.beam
     penalty = settings['length_penalty'] if args.length_penalty is None else args.length_penalty
-    if not 1 <= beam <= len(vocabulary):
-        raise UserError(f'--beam {beam}: it must be from 1 to the {len(vocabulary)} words of the '
-                        'vocabulary')
+    check_beam(beam, vocabulary)
     print(f'model: {checkpoint}', file=sys.stderr)
     paths, results, problems, taken = image_paths(args.images), [], [], set()
     batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]

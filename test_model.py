@@ -6,17 +6,22 @@ Comparisons are with torch's own cells, NLTK, coco-caption's output, sums over a
 and test_golden.npz: numbers from the authors' own Theano program (float32; theirs are row vectors,
 gates in the order i, f, o, g, word 0 is <eos>, and the first word's vector is zero).
 """
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import md5, sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -633,6 +638,9 @@ SPLITS = {'train': ['a.jpg', 'b.jpg', 'c.jpg'], 'val': ['d.jpg'], 'test': ['e.jp
 SENTENCES = {name: [f'A {name[0]} dog , number {i} .' for i in range(5)]
              for names in SPLITS.values() for name in names}
 
+COCO_NAMES = {n: f'COCO_{part}2014_{i:012}.jpg' for i, (n, part) in enumerate(
+    zip('abcde', ['train'] * 3 + ['val'] * 2))}
+
 
 def make_pictures(folder, names=SENTENCES):
     folder.mkdir(parents=True, exist_ok=True)
@@ -664,6 +672,14 @@ def write_layout(folder, layout):
         rows[3] = rows[3].replace('| A', '   A')  # the published file has one such line
         (folder / 'results.csv').write_text('image_name| comment_number| comment\n'
                                             + '\n'.join(rows))
+    elif layout == 'coco':
+        (folder / 'annotations').mkdir(parents=True)
+        for part, letters in (('train2014', 'abc'), ('val2014', 'de')):
+            make_pictures(folder / part, [COCO_NAMES[n] for n in letters])
+            content = {'images': [{'id': ord(n), 'file_name': COCO_NAMES[n]} for n in letters],
+                       'annotations': [{'image_id': ord(n), 'caption': c}
+                                       for n in letters for c in SENTENCES[f'{n}.jpg']]}
+            (folder / 'annotations' / f'captions_{part}.json').write_text(json.dumps(content))
     elif layout.startswith('karpathy'):
         make_pictures(folder / 'Images')
         split_of = {n: s for s in SPLITS for n in SPLITS[s]} | {'c.jpg': 'restval'}
@@ -699,19 +715,11 @@ def test_layouts_without_a_split_get_the_same_one_every_time(tmp_path, capsys, m
 
 def test_coco_annotations(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'KARPATHY', ('http://127.0.0.1:9/splits.zip', 'md5', ''))
-    names = {n: f'COCO_{part}2014_{i:012}.jpg' for i, (n, part) in enumerate(
-        zip('abcde', ['train'] * 3 + ['val'] * 2))}
-    folder = tmp_path / 'coco'
-    (folder / 'annotations').mkdir(parents=True)
-    for part, letters in (('train2014', 'abc'), ('val2014', 'de')):
-        make_pictures(folder / part, [names[n] for n in letters])
-        content = {'images': [{'id': ord(n), 'file_name': names[n]} for n in letters],
-                   'annotations': [{'image_id': ord(n), 'caption': c}
-                                   for n in letters for c in SENTENCES[f'{n}.jpg']]}
-        (folder / 'annotations' / f'captions_{part}.json').write_text(json.dumps(content))
+    folder, names = tmp_path / 'coco', COCO_NAMES
+    write_layout(folder, 'coco')
     splits = data.load_captions('coco', tmp_path)
     assert [x.name for x in splits['train']] == [0, 1, 2]  # COCO's own numbers
-    assert [x.name for x in splits['val']] == [3, 4]
+    assert [[x.name for x in splits[s]] for s in ('val', 'test')] == [[3], [4]]
     assert splits['train'][0].captions == SENTENCES['a.jpg']
     images = [{'filename': names[n], 'split': split, 'filepath': 'val2014',
                'sentences': [{'raw': 'A dog.'}]}
@@ -856,26 +864,29 @@ def test_feature_cache(tmp_path, capsys):
     examples = data.load_captions('flickr8k', tmp_path)['train']
     def encode(images):  # three features that are easy to check
         return images.float().mean(dim=(2, 3)).unsqueeze(1)
-    features = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode)
+    features = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode, (1, 3))
     expected = [data.load_image(x.image, 32).mean(axis=(1, 2)) for x in examples]
     assert features.dtype == np.float16 and isinstance(features, np.memmap)
     np.testing.assert_allclose(features[:, 0], expected, rtol=2e-3)
 
     def never(images):
         raise AssertionError('the cache was not used')
-    again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', never)
+    again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', never, (1, 3))
     np.testing.assert_array_equal(features, again)
     make_pictures(tmp_path / 'elsewhere', SPLITS['train'][::-1])
     moved = [x._replace(image=tmp_path / 'elsewhere' / x.name) for x in examples]
     for other in ((examples, 16, 'mean'), (examples[:2], 32, 'mean'), (examples, 32, 'other'),
                   (moved, 32, 'mean')):
         with pytest.raises(AssertionError):  # another size, data set or encoder is another cache
-            data.cache_arrays(other[0], other[1], tmp_path / 'cache', other[2], never)
+            data.cache_arrays(other[0], other[1], tmp_path / 'cache', other[2], never, (1, 3))
     file = Path(features.filename)
-    file.write_bytes(file.read_bytes()[:-2])
-    again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode)
-    np.testing.assert_allclose(again[:, 0], expected, rtol=2e-3)
-    assert 'made again' in capsys.readouterr().out
+    whole = file.read_bytes()
+    np.save(tmp_path / 'other.npy', np.zeros((3, 1, 2), np.float16))
+    for broken in whole[:-2], whole[:50], b'', (tmp_path / 'other.npy').read_bytes():
+        file.write_bytes(broken)
+        again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode, (1, 3))
+        np.testing.assert_allclose(again[:, 0], expected, rtol=2e-3)
+        assert 'made again, for it is damaged: ' in capsys.readouterr().out
 
 
 def test_an_interrupted_feature_cache_is_taken_up_again(tmp_path, monkeypatch):
@@ -888,16 +899,16 @@ def test_an_interrupted_feature_cache_is_taken_up_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return images.float().mean(dim=(2, 3)).unsqueeze(1)
     with pytest.raises(KeyboardInterrupt):
-        data.cache_arrays(examples, 16, tmp_path, 'mean', encode)
+        data.cache_arrays(examples, 16, tmp_path, 'mean', encode, (1, 3))
     part, = tmp_path.iterdir()
     part.write_bytes(part.read_bytes()[:-1])  # not even a whole row
-    features = data.cache_arrays(examples, 16, tmp_path, 'mean', encode)
+    features = data.cache_arrays(examples, 16, tmp_path, 'mean', encode, (1, 3))
     assert calls == [32, 32, 32, 32, 5] and len(features) == 100  # 63 rows were there
     np.testing.assert_allclose(features[:, 0], pixels.mean(axis=(1, 2)), rtol=2e-3)
     assert [x.name for x in tmp_path.iterdir()] == [Path(features.filename).name]
     monkeypatch.setattr(data.shutil, 'disk_usage', lambda folder: type('Disk', (), {'free': 500}))
     with pytest.raises(UserError, match='make room'):
-        data.cache_arrays(examples, 16, tmp_path, 'other', encode)
+        data.cache_arrays(examples, 16, tmp_path, 'other', encode, (1, 3))
 
 
 # ----------------------------------------------------------------------- encoders and checkpoints
@@ -1012,22 +1023,6 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path, attn):
     assert [p.name for p in tmp_path.iterdir()] == ['a.pt']
 
 
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'it ran'),)
-    torch.save({'format': Code()}, tmp_path / 'code.pt')
-    torch.save({'weights': torch.ones(2)}, tmp_path / 'other.pt')
-    (tmp_path / 'text.pt').write_text('hello')
-    save_checkpoint(tmp_path / 'cut.pt', tiny_captioner(D=128), Encoder('tiny', 32),
-                    Vocabulary('abcde'), {})
-    (tmp_path / 'cut.pt').write_bytes((tmp_path / 'cut.pt').read_bytes()[:9000])
-    for name in ('code.pt', 'other.pt', 'text.pt', 'cut.pt', 'none.pt'):
-        with pytest.raises(UserError, match=name):
-            load_checkpoint(tmp_path / name)
-    assert not (tmp_path / 'it ran').exists()
-
-
 # ------------------------------------------------------------- the commands, as a user calls them
 def run(*command, cwd=HERE, **options):
     """Run one of the scripts as a process; its folder need not be the current one."""
@@ -1061,7 +1056,7 @@ def test_train_prints_what_a_user_wants_to_see(trained):
     whole = folder / 'runs' / 'whole'
     assert {p.name for p in whole.iterdir()} == {
         'attention-01.png', 'attention-02.png', 'attention-03.png', 'best.pt', 'last.pt',
-        'test-results.json', 'test-references.json'}
+        'log.txt', 'test-results.json', 'test-references.json'}
     # The vocabulary is that of the training captions: "d" and "e" name the held-out images only.
     assert set(load_checkpoint(whole / 'best.pt')[2].words) == set('a b c dog number 0 1 2 3 4'
                                                                    .split())
@@ -1282,28 +1277,295 @@ def test_sample_captions_files_and_folders(trained, tmp_path):
     assert all(x['captions'][0]['log_prob'] < 0 and Path(x['picture']).exists() for x in found)
 
 
-def test_user_errors_are_one_line_and_status_2(trained, tmp_path):
+# ---------------------------------------------------------- what users and disks do to files
+def mutations(content, count, seed):
+    """`count` damaged copies of some bytes: flipped, cut, repeated, overwritten."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 1, 3, 10))):
+            i, j = sorted(rng.randrange(len(damaged) + 1) for _ in 'ij')
+            kind = rng.choice(('flip', 'flip', 'cut', 'drop', 'repeat', 'noise'))
+            if kind == 'flip' and i < len(damaged):
+                damaged[i] ^= 1 << rng.randrange(8)
+            elif kind == 'cut':
+                del damaged[j:]
+            elif kind == 'drop':
+                del damaged[i:min(j, i + 20)]
+            elif kind == 'repeat':
+                damaged[i:i] = damaged[i:min(j, i + 200)]
+            elif kind == 'noise':
+                damaged[i:i + 4] = rng.randbytes(4)
+        yield bytes(damaged)
+
+
+@pytest.mark.parametrize('ending', ['jpg', 'png'])
+def test_damaged_images_are_pictures_or_one_line(tmp_path, ending):
+    path, refused = tmp_path / f'a.{ending}', 0
+    Image.fromarray(data.make_shapes(1, 'fuzz')[0].image).save(path)
+    for content in mutations(path.read_bytes(), 300, ending):
+        path.write_bytes(content)
+        try:
+            assert data.load_image(path, 32).shape == (3, 32, 32)
+        except UserError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+            refused += 1
+    assert 100 < refused < 300  # some were damaged in a place that does not matter
+
+
+@pytest.mark.parametrize('name, layout', [
+    ('flickr8k', 'official'), ('flickr8k', 'kaggle8k'), ('flickr30k', 'token30k'),
+    ('flickr30k', 'kaggle30k'), ('flickr8k', 'karpathyflickr8k'), ('coco', 'coco')])
+def test_damaged_caption_files_are_read_or_one_line(tmp_path, monkeypatch, name, layout):
+    monkeypatch.setattr(data, 'KARPATHY', ('file:///none', 'md5', ''))
+    folder = tmp_path / name
+    write_layout(folder, layout)
+    endings = ('.json', '.csv', '.token', '.txt')
+    path = min((p for p in folder.rglob('*') if p.name.endswith(endings)
+                and 'Images.txt' not in p.name), key=lambda p: p.name)
+    outcomes = []
+    for number, content in enumerate(mutations(path.read_bytes(), 300, layout)):
+        path.write_bytes(content)
+        try:
+            splits = data.load_captions(name, tmp_path, skip_bad=number % 2)
+            texts = [c for split in splits.values() for x in split for c in x.captions]
+            assert texts and all(isinstance(text, str) and text.strip() for text in texts)
+            outcomes.append(number % 2)
+        except UserError as error:
+            assert '\n' not in str(error)
+            outcomes.append('refused')
+    assert len(set(outcomes)) == 3  # some were refused, some were good, some were good in parts
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
+    path, refused = tmp_path / 'a.pt', 0
+    save_checkpoint(path, tiny_captioner(D=128), Encoder('tiny', 32), Vocabulary('abcde'), {})
+    whole = torch.load(path)['captioner']
+    for content in mutations(path.read_bytes(), 100, 'checkpoint'):
+        path.write_bytes(content)
+        try:
+            captioner = load_checkpoint(path)[0]
+            assert same(captioner.state_dict(), whole)  # the damage was where nothing is
+        except UserError as error:
+            assert str(path) in str(error) and '\n' not in str(error)
+            refused += 1
+    assert refused > 70
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, server):
+    link = zipfile.ZipInfo('link')
+    link.external_attr = 0o120777 << 16  # a symbolic link, as Unix packs it
+    with zipfile.ZipFile(tmp_path / 'site' / 'evil.zip', 'w') as archive:
+        for name in ('../up.txt', '../../up.txt', f'{tmp_path}/absolute.txt', 'good.txt'):
+            archive.writestr(name, 'text')
+        archive.writestr(link, str(tmp_path))
+        archive.writestr('link/through.txt', 'text')
+    before = set(tmp_path.iterdir())
+    address, site = server
+    source = f'{address}/evil.zip', 'md5', md5((site / 'evil.zip').read_bytes()).hexdigest()
+    try:
+        data.download(*source, tmp_path / 'd' / 'flickr8k')
+    except UserError:
+        pass  # a file below what is not a folder may stop it
+    inside = tmp_path / 'd' / 'flickr8k'
+    assert set(tmp_path.iterdir()) - before == {tmp_path / 'd'}
+    assert {p.name for p in (tmp_path / 'd').iterdir()} == {'flickr8k'}
+    assert not any(p.is_symlink() for p in inside.rglob('*'))
+
+
+def huge_png():
+    """The head of a picture of 20,000 x 20,000 pixels."""
+    head = b'IHDR' + (20000).to_bytes(4, 'big') * 2 + bytes([8, 2, 0, 0, 0])
+    sum_of_it = zlib.crc32(head).to_bytes(4, 'big')
+    return b'\x89PNG\r\n\x1a\n\0\0\0\r' + head + sum_of_it + b'\0\0\0\x10IDAT' + bytes(20)
+
+
+def saved(**content):
+    """The bytes of a file that torch.save wrote."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ('it ran',)
+
+
+TRAIN = ['train.py', *TINY_RUN]
+EVAL = ['train.py', '--eval', 'runs/whole']
+SAMPLE = ['sample.py', '--checkpoint', 'runs/whole/best.pt']
+IMAGE, TOKENS = 'd/flickr8k/Flicker8k_Dataset/b.jpg', 'd/flickr8k/Flickr8k.token.txt'
+BEST, KARPATHY = 'runs/whole/best.pt', 'd/flickr8k/dataset_flickr8k.json'
+SCORE = ['bleu_meteor.py', 'bad.json', 'runs/whole/test-references.json']
+# What is wrong: the file that is changed and its new content, a number of bytes to cut it to, or
+# None where it is gone; the command; what its one line says.
+FAULTS = {
+    'no data folder': ({}, ['train.py', '--data', 'flickr30k', '--data-dir', 'nowhere'],
+                       'nowhere/flickr30k has no images. .* form at'),
+    'no images': ({'d/flickr30k/results_20130124.token': b'a.jpg#0\tA dog .'},
+                  ['train.py', '--data', 'flickr30k', '--data-dir', 'd'], 'd/flickr30k has no im'),
+    'no caption in a line': ({TOKENS: b'a.jpg#0\tA dog .\nb.jpg'}, TRAIN, 'token.txt, line 2: not '
+                             '.*: b.jpg .*--skip-bad'),
+    'a line not in UTF-8': ({TOKENS: b'a.jpg#0\t\xff dog'}, TRAIN, 'token.txt, line 1: not'),
+    'a caption without its image': ({IMAGE: None}, TRAIN, 'captions for b.jpg, which is not'),
+    'an image without caption': ({TOKENS: b'a.jpg#0\tA dog .'}, TRAIN, 'b.jpg has no caption .and'),
+    'an empty caption': ({KARPATHY: b'{"images": [{"filename": "a.jpg", "split": "train", '
+                                    b'"sentences": [{"raw": " "}]}]}'}, TRAIN, 'a.jpg has an empty'),
+    'captions cut short': ({KARPATHY: b'{"images": [{"filename": "a.jpg", '}, TRAIN,
+                           'dataset_flickr8k.json is not JSON, or not all of it'),
+    'captions of another program': ({KARPATHY: b'{"pictures": []}'}, TRAIN, 'has no images: get'),
+    'a truncated image': ({IMAGE: 600}, TRAIN, 'b.jpg cannot be read .*[Tt]runcated.*--skip-bad'),
+    'an empty image': ({IMAGE: 0}, TRAIN, 'b.jpg cannot be read .it is not an image'),
+    'no checkpoint': ({}, ['train.py', '--resume', 'runs/none'], 'there is no checkpoint runs/none'),
+    'half a checkpoint': ({BEST: 9000}, EVAL, 'best.pt is not a checkpoint, or not all of one'),
+    "another program's": ({BEST: saved(w=torch.ones(2))}, EVAL, "this program reads 'show-att"),
+    'another version': ({BEST: saved(format='show-attend-tell 9')}, EVAL, "format 'show-attend-te"),
+    'code': ({BEST: saved(format=Code())}, EVAL, 'best.pt holds more than weights.*is not loaded'),
+    'no words': ({}, [*TRAIN, '--min-count', '99'], 'no word occurs 99 times.*--min-count'),
+    'no beam': ({}, [*EVAL, '--beam', '0'], '--beam must be at least 1'),
+    'too wide a beam': ({}, [*TRAIN, '--beam', '99'], '--beam 99: it must be from 1 to'),
+    'no such GPU': ({}, [*TRAIN, '--device', 'cuda:99'], '--device cuda:99 cannot be used here'),
+    'no encoder': ({}, [*TRAIN, '--encoder', 'none.pt2'], 'cannot read the encoder none.pt2'),
+    'no such CNN': ({}, [*TRAIN, '--encoder', 'alexnet9'], 'alexnet9'),
+    'no cache folder': ({'c': b'a file'}, [*TRAIN, '--cache-dir', 'c'], 'c: '),
+    'another size': ({}, [*EVAL, '--hidden-dim', '9'], '--hidden-dim is 8 in this run'),
+    'no trained model': ({BEST: None}, ['sample.py', IMAGE], 'no trained model in runs/: train one'),
+    'no image': ({}, [*SAMPLE, 'none.jpg'], 'there is no image none.jpg'),
+    'no picture': ({'bad.jpg': b'hello'}, [*SAMPLE, 'bad.jpg', IMAGE], 'bad.jpg cannot be read'),
+    'no pixels': ({'bad.bmp': b'BM' + bytes(12) + b'\x28' + bytes(40)}, [*SAMPLE, 'bad.bmp'],
+                  'bad.bmp cannot be read'),
+    'too many pixels': ({'bad.png': huge_png()}, [*SAMPLE, 'bad.png'], 'more than 179 million pix'),
+    'no images here': ({'empty/a.txt': b''}, [*SAMPLE, 'empty'], 'the folder empty has no images'),
+    'no place for pictures': ({'out': b''}, [*SAMPLE, IMAGE, '--out', 'out'], 'cannot write out/b'),
+    'a beam of nothing': ({}, [*SAMPLE, IMAGE, '--beam', '0'], '--beam 0: it must be from 1'),
+    'no results': ({}, SCORE, 'bad.json'),
+    'results cut short': ({'bad.json': b'[{"image_id": '}, SCORE, '-h says what the files hold'),
+    'results of other images': ({'bad.json': b'[{"image_id": 7, "caption": "a"}]'}, SCORE,
+                                "1 of 1 results have no reference, such as .'7'"),
+}
+
+
+@pytest.fixture(scope='module')
+def faults(trained, tmp_path_factory):
+    """Every command of FAULTS in its own copy of `trained`, two at a time -> folder, result."""
+    def attempt(fault):
+        folder = tmp_path_factory.mktemp('fault') / 'copy'
+        for part in ('d', 'runs/whole'):
+            shutil.copytree(trained[0] / part, folder / part)
+        changes, command, _ = FAULTS[fault]
+        for name, content in changes.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                path.unlink()
+            else:
+                path.write_bytes(path.read_bytes()[:content] if isinstance(content, int)
+                                 else content)
+        before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+        return before, run(*command, cwd=folder)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAULTS, pool.map(attempt, FAULTS)))
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_what_a_user_can_put_right_is_said_in_one_line(faults, fault):
+    before, result = faults[fault]
+    errors = [line for line in result.stderr.splitlines() if not line.startswith('model: ')]
+    assert result.returncode == 2 and len(errors) == 1, result.stderr
+    assert re.search(f'error: .*{FAULTS[fault][2]}', errors[0])
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
+    if fault == 'no picture':  # one bad file does not stop the others
+        assert any(path.with_name('b.attention.png').exists() for path in before)
+
+
+def test_skip_bad_goes_on_without_what_is_bad_and_counts_it(trained, tmp_path):
+    shutil.copytree(trained[0] / 'd', tmp_path / 'd')
+    with open(tmp_path / TOKENS, 'ab') as file:
+        file.write(b'nonsense\na.jpg#9\t\xff\ngone.jpg#0\tA dog .\n')
+    with open(tmp_path / 'd/flickr8k/Flickr_8k.trainImages.txt', 'a') as file:
+        file.write('\ngone.jpg')
+    (tmp_path / IMAGE).write_bytes((tmp_path / IMAGE).read_bytes()[:600])
+    result = run(*TRAIN, '--epochs', '1', '--skip-bad', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'left out 4 bad captions and images: ' in result.stdout
+    assert '2 training images, 10 captions' in result.stdout
+
+
+def test_one_image_and_captions_of_every_kind(tmp_path):
+    folder = tmp_path / 'd' / 'flickr8k'
+    folder.mkdir(parents=True)
+    name = 'ein gro\u00dfer Hund.jpg'
+    make_pictures(folder, [name])
+    for split in ('train', 'dev', 'test'):
+        (folder / f'Flickr_8k.{split}Images.txt').write_text(name, encoding='utf-8')
+    captions = ['dog', 'Ein gro\u00dfer Hund l\u00e4uft \u00fcber die Stra\u00dfe .',
+                '\u4e00\u53ea\u72d7', ' '.join(f'word{i}' for i in range(60)), '. . .']
+    lines = [f'{name}#{i}\t{caption}' for i, caption in enumerate(captions)]
+    (folder / 'Flickr8k.token.txt').write_text('\n'.join(lines), encoding='utf-8')
+    result = run(*TRAIN, '--epochs', '2', '--max-len', '70', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert '1 training images, 5 captions' in result.stdout
+    words = load_checkpoint(tmp_path / 'runs/flickr8k-soft/best.pt')[2].words
+    assert {'\u4e00\u53ea\u72d7', 'stra\u00dfe', 'word59', 'dog'} <= set(words)
+    result = run('sample.py', folder / name, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (folder / 'ein gro\u00dfer Hund.attention.png').exists()
+
+
+def test_the_same_command_writes_the_same_log(trained):
     folder, _ = trained
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'bad.jpg').write_text('hello')
-    make_pictures(tmp_path, ['a.jpg'])
-    best = folder / 'runs' / 'whole' / 'best.pt'
-    for command, message in (
-            (['sample.py', 'a.jpg'], 'no trained model in runs/'),
-            (['sample.py', 'none.jpg', '--checkpoint', best], 'there is no image none.jpg'),
-            (['sample.py', 'bad.jpg', 'a.jpg', '--checkpoint', best], 'bad.jpg is not an image'),
-            (['sample.py', 'empty', '--checkpoint', best], 'empty has no images'),
-            (['sample.py', 'a.jpg', '--checkpoint', 'bad.jpg'], 'cannot be read as a checkpoint'),
-            (['sample.py', 'a.jpg', '--checkpoint', best, '--beam', '0'], '--beam 0'),
-            (['train.py', '--data', 'flickr30k', '--data-dir', 'empty'], 'form at'),
-            (['train.py', '--resume', 'empty'], 'there is no checkpoint'),
-            (['train.py', '--device', 'cuda:99'], '--device cuda:99'),
-            (['train.py', '--eval', best, '--hidden-dim', '9'], '--hidden-dim is 8 in this run'),
-            (['bleu_meteor.py', 'none.json', 'none.json'], 'none.json')):
-        result = run(*command, cwd=tmp_path)
-        assert result.returncode == 2, (command, result.stderr)
-        assert message in result.stderr and 'Traceback' not in result.stderr, result.stderr
-    assert (tmp_path / 'a.attention.png').exists()  # one bad file does not stop the others
+    data_before = {p: p.stat().st_mtime for p in (folder / 'd').rglob('*')}
+    result = run(*TRAIN, '--name', 'again', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert data_before == {p: p.stat().st_mtime for p in (folder / 'd').rglob('*')}
+    whole, again = (folder / 'runs' / name / 'log.txt' for name in ('whole', 'again'))
+    assert whole.read_text() == again.read_text() and whole.read_text().count('epoch') == 3
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_weights(trained):
+    """KILLS=20 in the environment kills it twenty times, at random moments."""
+    folder, _ = trained
+    settings = [*TRAIN[1:], '--cell', 'rnn', '--epochs', '40', '--patience', '99']
+    result = run('train.py', *settings, '--name', 'calm', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    last, rng = folder / 'runs' / 'killed' / 'last.pt', random.Random(0)
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    kills = int(os.environ.get('KILLS', 2))
+    while kills:
+        command = ['--resume', 'runs/killed'] if last.exists() else [*settings, '--name', 'killed']
+        with subprocess.Popen([sys.executable, '-u', HERE / 'train.py', *command], cwd=folder,
+                              stdout=subprocess.PIPE, env=environment) as process:
+            for line in process.stdout:
+                if line.startswith(b'run: '):  # it begins: give it half a second at most
+                    threading.Timer(rng.uniform(0, 0.5), process.kill).start()
+            killed = process.wait() == -signal.SIGKILL
+        kills -= 1
+        if last.exists():
+            load_checkpoint(last)
+        if not killed:  # it came to its end: begin anew
+            last.unlink()
+    if not last.exists():
+        command = [*settings, '--name', 'killed']
+    result = run('train.py', *(['--resume', 'runs/killed'] if last.exists() else command),
+                 cwd=folder)
+    assert result.returncode == 0, result.stderr
+    calm, killed = (torch.load(folder / 'runs' / name / 'last.pt') for name in ('calm', 'killed'))
+    for part in ('captioner', 'encoder', 'training'):
+        assert same(calm[part], killed[part]), part
+
+
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / 'copy')
+    last = tmp_path / 'copy' / 'runs' / 'whole' / 'last.pt'
+    before = last.read_bytes()
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+    result = run('train.py', '--resume', 'runs/whole', '--epochs', '4', cwd=tmp_path / 'copy',
+                 preexec_fn=full)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr, result.stderr
+    assert re.search(r'error: cannot write .*\.pt .*is the disk full', result.stderr)
+    assert last.read_bytes() == before and not list(last.parent.glob('*.part'))
 
 
 # -------------------------------------------------------------------------------------- drawing

@@ -33,7 +33,7 @@ from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, human_score, score, tokenize
 from data import (END, START, UserError, Vocabulary, ahead, cache_arrays, length_batches,
                   load_captions, open_image, pinned, pointing, read_rows, run_command, to_gpu)
-from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, pick_device,
+from model import (Captioner, CaptionerConfig, Encoder, check_beam, load_checkpoint, pick_device,
                    read_checkpoint, save_checkpoint)
 from sample import draw_attention
 
@@ -48,6 +48,7 @@ class Settings:
     """All that a run depends on; every field is a flag. Defaults are for photographs."""
     data: str = setting('shapes', 'data set', ('shapes', 'flickr8k', 'flickr30k', 'coco'))
     data_dir: str = setting('data', 'folder that holds a folder for each data set')
+    skip_bad: bool = setting(False, 'leave out bad captions and images in place of stopping')
     cache_dir: str = setting('cache', 'folder for cached features')
     out: str = setting('runs', 'folder for runs; each gets a folder of its own in it')
     name: str = setting('', 'name of the run (default: DATA-ATTN, numbered if it is taken)')
@@ -136,13 +137,13 @@ def parse_settings():
     args = parser.parse_args()
     for name in ('epochs', 'patience', 'beam', 'max_len', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1')
+            raise UserError(f'--{name.replace("_", "-")} must be at least 1')
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
-        parser.error('--warm-up must be below --epochs: hard attention samples after it')
+        raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     order = ('data', 'optimizer', 'batch_size', 'seed') if args.resume else ()
     for name in FIXED + order if saved else ():
         if getattr(args, name) != saved[name]:
-            parser.error(f'--{name.replace("_", "-")} is {saved[name]} in this run')
+            raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave it out')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
 
 
@@ -232,7 +233,8 @@ def image_arrays(encoder, examples, s):
     if encoder.trainable:
         return cache_arrays(examples, encoder.image_size, s.cache_dir, 'pixels')
     return cache_arrays(examples, encoder.image_size, s.cache_dir, encoder.key,
-                        lambda images: encoder(images.to(encoder.mean.device)))
+                        lambda images: encoder(images.to(encoder.mean.device)),
+                        (math.prod(encoder.grid), encoder.feature_dim))
 
 
 def annotations(encoder, rows, device):
@@ -358,6 +360,9 @@ def build(s, captions, device):
     """A new captioner, encoder and vocabulary (of the captions, lists of words) for settings s."""
     torch.manual_seed(s.seed)
     vocabulary = Vocabulary.build(captions, s.max_words, s.min_count)
+    if not vocabulary.words:
+        raise UserError(f'no word occurs {s.min_count} times in the training captions, so there is '
+                        'none to learn: use a lower --min-count')
     encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
                              s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode)
@@ -407,10 +412,11 @@ def main():
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
     rank, world = ranks()
-    splits = first_rank_first(lambda: load_captions(s.data, s.data_dir))
+    splits = first_rank_first(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
     if args.eval:
         path = checkpoint_of(args)
         captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
+        check_beam(s.beam, vocabulary)
         captioner.config.hard_decode = s.hard_decode
         if args.split not in splits:
             raise UserError(f'{s.data} has no split {args.split}')
@@ -425,9 +431,9 @@ def main():
         state = read_checkpoint(folder / 'last.pt')['training']
     else:
         captioner, encoder, vocabulary = build(s, captions, device)
-        folder = from_rank_0(lambda: new_folder(s))
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
                  'totals': {}}
+    check_beam(s.beam, vocabulary)
     if s.compile:
         compile_step(captioner, math.prod(encoder.grid), s, device)
     groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
@@ -445,6 +451,8 @@ def main():
     images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
               for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
+    if not args.resume:
+        folder = from_rank_0(lambda: new_folder(s))
     ids = [[START, *vocabulary.encode(words), END] for words in captions]
     owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
     lengths = np.array([len(words) for words in ids])
@@ -546,10 +554,10 @@ def main():
             log.append(f'pointing {point:.1f}')
         if sys.stdout.isatty():
             print('\r\033[K', end='')  # clear the progress line
-        print('  '.join(log) + f'  {speed:.0f} captions/s  {left / 60:.1f} min left')
-        for words, example in list(zip(hypotheses, splits['val']))[:2]:
-            print(f'    {" ".join(words)}   [{example.captions[0]}]')
-        state.update(epoch=epoch + 1, step=0, totals={})
+        lines = ['  '.join(log)] + [f'    {" ".join(words)}   [{example.captions[0]}]' for
+                                    words, example in list(zip(hypotheses, splits['val']))[:2]]
+        print(f'{lines[0]}  {speed:.0f} captions/s  {left / 60:.1f} min left', *lines[1:], sep='\n')
+        state.update(epoch=epoch + 1, step=0, totals={}, log=state.get('log', []) + lines)
         # Where sampling begins the model is another one: what was best before is forgotten.
         better = bleu4 > state['best'] or s.attn == 'hard' and epoch == s.warm_up
         if better:
@@ -560,8 +568,9 @@ def main():
             if better:
                 save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
             save_last()
+            (folder / 'log.txt').write_text('\n'.join(state['log']) + '\n', encoding='utf-8')
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     captioner, encoder, vocabulary, _ = first_rank_first(
         lambda: load_checkpoint(folder / 'best.pt', device))
     captioner.config.hard_decode = s.hard_decode
