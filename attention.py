@@ -17,27 +17,22 @@ class AdditiveScore(torch.autograd.Function):
 
     tanh(x) = 2 sigmoid(2x) - 1, and the sum of v, the same for every location, falls out of the
     softmax. torch's sigmoid is several times faster on a CPU than its tanh, and a gradient by hand
-    need not keep an array (B, L, A) for each word: with 196 locations a training step takes 0.7 of
-    the time. keys (B, L, A), query (B, A), v (A,) -> (B, L).
+    goes over an array (B, L, A) less often, in its own memory: with 196 locations a training step
+    takes two thirds of the time. keys (B, L, A), query (B, A), v (A,) -> (B, L).
     """
-
-    @staticmethod
-    def sigmoid(keys, query):
-        """sigmoid(2 (keys + query)), in one new array (B, L, A)."""
-        return torch.add(2 * query.unsqueeze(1), keys, alpha=2).sigmoid_()
 
     @staticmethod
     def forward(ctx, keys, query, v):
         """The scores (B, L)."""
-        ctx.save_for_backward(keys, query, v)
-        return 2 * (AdditiveScore.sigmoid(keys, query) @ v)
+        s = torch.add(2 * query.unsqueeze(1), keys, alpha=2).sigmoid_()  # (B, L, A)
+        ctx.save_for_backward(s, v)
+        return 2 * (s @ v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, de):
         """Gradient de (B, L) of the scores -> those of keys, query and v."""
-        keys, query, v = ctx.saved_tensors
-        s = AdditiveScore.sigmoid(keys, query)
+        s, v = ctx.saved_tensors
         dv = 2 * (de.flatten() @ s.flatten(0, 1))
         dx = s.addcmul_(s, s, value=-1).mul_(4 * v).mul_(de.unsqueeze(2))  # s' = 2 (s - s^2)
         return dx, dx.sum(dim=1), dv

@@ -369,6 +369,13 @@ def build(s, captions, device):
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
+def make_optimizer(groups, name, device):
+    """Adam or RMSProp over groups of weights, each with a learning rate of its own."""
+    if name == 'rmsprop':
+        return torch.optim.RMSprop(groups)
+    return torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda'))  # in one pass: faster
+
+
 def compile_step(captioner, locations, s, device):
     """Compile the decoder's step, or say why not: it takes a C++ compiler or a GPU that is known.
 
@@ -439,7 +446,7 @@ def main():
     groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
     if encoder.trainable:
         groups.append({'params': list(encoder.parameters()), 'lr': s.encoder_lr})
-    optimizer = {'adam': torch.optim.Adam, 'rmsprop': torch.optim.RMSprop}[s.optimizer](groups)
+    optimizer = make_optimizer(groups, s.optimizer, device)
     rates = [group['lr'] for group in groups]
     if args.resume:
         optimizer.load_state_dict(state['optimizer'])
