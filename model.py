@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
-import torchvision
 from torch import nn
 
 from attention import BahdanauAttention, DotAttention, hard_context, soft_context
@@ -105,6 +104,7 @@ def torchvision_cnn(name, pretrained=True):
     vgg19 ends after conv5_4 and its ReLU, before the last max pool, as in the paper.
     Raises UserError for a name that torchvision has not, or when the weights cannot be had.
     """
+    import torchvision  # here, for it takes as long to load as torch, and only this needs it
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"no encoder is called '{name}': give 'tiny', a torchvision "
                         "classification CNN such as vgg19 or resnet50, or a path to a .pt2 file")
