@@ -1541,7 +1541,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_weights(trained)
                 if line.startswith(b'run: '):  # it begins: give it half a second at most
                     threading.Timer(rng.uniform(0, 0.5), process.kill).start()
             killed = process.wait() == -signal.SIGKILL
-        kills -= 1
+        kills -= killed
         if last.exists():
             load_checkpoint(last)
         if not killed:  # it came to its end: begin anew
