@@ -112,8 +112,12 @@ def meteor(references, hypotheses):
     if not has_wordnet():
         return None
     from nltk.translate.meteor_score import meteor_score
-    scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
-              for refs, hypothesis in zip(references, hypotheses)]
+    try:
+        scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
+                  for refs, hypothesis in zip(references, hypotheses)]
+    except Exception as error:  # NLTK reads WordNet's files when it needs them
+        print(f'METEOR is left out, for NLTK cannot read its WordNet ({error!r:.80}): get it anew')
+        return None
     return 100 * math.fsum(scores) / len(scores)  # whatever the order of the images
 
 
@@ -146,7 +150,10 @@ def read_pair(results, references):
         for r in content['annotations']:
             by_image.setdefault(str(r['image_id']), []).append(r['caption'])
     else:
-        by_image = {str(image): list(texts) for image, texts in content.items()}
+        by_image = {str(image): texts for image, texts in content.items()}
+    for image, texts in by_image.items():
+        if not texts or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f'the references of {image} are not a list of captions')
     missing = [image for image in captions if image not in by_image]
     if missing or not captions:
         raise ValueError(f'{len(missing)} of {len(captions)} results have no reference, such as '

@@ -7,7 +7,6 @@ Paper sections: 4.3 (batches of one length), 5.1 (data). Nothing here knows of m
 is just a function from images to arrays.
 """
 import csv
-import errno
 import hashlib
 import io
 import json
@@ -36,6 +35,8 @@ class UserError(Exception):
 
 def run_command(main):
     """Run a script's main function; what a user can put right becomes one line and status 2."""
+    for stream in sys.stdout, sys.stderr:  # a terminal that has not all letters shows their codes
+        stream.reconfigure(errors='backslashreplace')
     try:
         main()
     except KeyboardInterrupt:
@@ -45,9 +46,7 @@ def run_command(main):
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        if error.filename is None and error.errno != errno.ENOSPC:
-            raise
-        print(f'error: {error.filename or "writing failed"}: {error.strerror}', file=sys.stderr)
+        print(f'error: {error.filename or "a file"}: {error.strerror or error}', file=sys.stderr)
         sys.exit(2)
 
 
@@ -341,7 +340,7 @@ def read_lists(path, *keys):
     """The lists that a JSON file holds under these keys. Raises UserError if it does not."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not JSON, or not all of it ({error}): get it anew') from None
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
         raise UserError(f'{path} has no {" and ".join(keys)}: get it anew')
@@ -357,7 +356,8 @@ def read_karpathy(path, problems):
             split = 'train' if image['split'] == 'restval' else image['split']
             splits[split][image['filename']] = [s['raw'] for s in image['sentences']]
         except (KeyError, TypeError):
-            problems.append(f'{path}: number {number} of its images lacks a part: {image!s:.60}')
+            problems.append(f'{path}: number {number} of its images lacks a part or has a wrong '
+                            f'one: {image!s:.60}')
     return splits
 
 
@@ -365,7 +365,8 @@ def read_coco(files, problems):
     """COCO's captions_{train,val}2014.json -> {split: {image: captions}}.
 
     COCO publishes no test captions: the first 5,000 images of val by id are for validation (or
-    half of what is there), the next 5,000 for testing. Karpathy's split, which is preferred, is what papers compare on.
+    half of what is there), the next 5,000 for testing. Karpathy's split, which is preferred, is
+    what papers compare on.
     """
     print('There is no dataset_coco.json: the images of val2014 are divided by number, so scores '
           'cannot be compared with published ones')
@@ -379,10 +380,10 @@ def read_coco(files, problems):
         for entry in images + annotations:
             try:
                 if 'caption' in entry:
-                    by_id[entry['image_id']][1].append(entry['caption'])
+                    by_id[int(entry['image_id'])][1].append(entry['caption'])
                 else:
-                    by_id[int(entry['id'])] = (entry['file_name'], [])
-            except (KeyError, TypeError, ValueError):
+                    by_id[int(entry['id'])] = (str(entry['file_name']), [])
+            except (KeyError, TypeError, ValueError, OverflowError):
                 problems.append(f'{path}: an entry lacks a part, or its image: {entry!s:.60}')
         parts[part] = [by_id[i] for i in sorted(by_id)]
     train, val = parts['train'], parts['val']
@@ -400,7 +401,7 @@ def read_captions(path, problems):
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = line.decode('utf-8-sig').strip()
-            if not line or kaggle and number == 1:
+            if not line or kaggle and number == 1 and line.startswith('image'):
                 continue
             if path.name == 'captions.txt':
                 name, caption = next(csv.reader([line]))
@@ -408,6 +409,8 @@ def read_captions(path, problems):
                 name, caption = re.split(r'\|\s*\d+\s*\|?', line, maxsplit=1)
             else:
                 name, caption = line.split('\t', 1)
+            if not name.strip() or not caption.strip():
+                raise ValueError
             captions.setdefault(name.split('#')[0], []).append(caption.strip())
         except (ValueError, csv.Error):
             problems.append(f'{path}, line {number}: not an image and its caption: {line!s:.60}')
@@ -436,20 +439,25 @@ def split_captions(files, captions):
 
 
 def sound(captions, path, files, problems):
-    """{image: captions} of a split without images that are not there and captions without words.
+    """{image: captions} of a split without images that are not there and empty captions.
 
     Each of them, and each image that is left without a caption, adds a line to `problems`.
     """
     kept = {}
     for image, texts in captions.items():
         good = [text for text in texts if isinstance(text, str) and text.strip()]
-        if image not in files:
-            problems.append(f'{path} has captions for {image}, which is not in the folder')
-        elif not good or len(good) < len(texts):
+        if len(good) < max(1, len(texts)):
             problems.append(f'{path}: {image} has {"an empty" if texts else "no"} caption')
+        elif image not in files:
+            problems.append(f'{path} has captions for {image}, which is not in the folder')
         if good and image in files:
             kept[image] = good
     return kept
+
+
+def one_of(problems):
+    """The first line of a list, and how many more there are."""
+    return problems[0] + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
 
 
 def broken_images(paths):
@@ -468,7 +476,7 @@ def load_captions(name, root='data', skip_bad=False):
 
     name: shapes (which also has 'unseen', a second test split), flickr8k, flickr30k or coco;
     root: the folder that holds a folder of that name. What is missing is downloaded.
-    Bad lines, captions without words or without their image, and images without captions are
+    Bad lines, captions that are empty or without their image, and images without captions are
     left out and counted with skip_bad, and so are images that cannot be read: each is opened once.
     Raises UserError for them otherwise, and where files are missing or cannot be read.
     """
@@ -507,11 +515,11 @@ def load_captions(name, root='data', skip_bad=False):
         problems += broken.values()
         splits = {split: {image: captions for image, captions in splits[split].items()
                           if files[image] not in broken} for split in splits}
+    if problems and not skip_bad:
+        raise UserError(f'{one_of(problems)}: put it right, or leave out what is bad with '
+                        '--skip-bad')
     if problems:
-        count = f'{problems[0]}' + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
-        if not skip_bad:
-            raise UserError(f'{count}: put it right, or leave out what is bad with --skip-bad')
-        print(f'left out {len(problems)} bad captions and images: {count}')
+        print(f'left out {len(problems)} bad captions and images: {one_of(problems)}')
     for split in ('train', 'val'):
         if not splits[split]:
             raise UserError(f'{folder}: there is no image with captions for {split}')
@@ -592,21 +600,18 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
-    if path.exists():
-        try:
-            array = np.load(path, mmap_mode='r')
-            if array.shape == (len(sources), *row) and array.dtype == dtype:
-                return array
-            why = f'it holds {array.dtype} {array.shape}'
-        except (ValueError, OSError, EOFError) as error:
-            why = error
-        print(f'{path} is made again, for it is damaged: {why}')
-
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {
         'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
         'shape': (len(sources), *row)})
     head, bytes_a_row = head.getvalue(), math.prod(row) * np.dtype(dtype).itemsize
+    if path.exists():
+        with open(path, 'rb') as file:
+            sound_head, size_now = file.read(len(head)) == head, path.stat().st_size
+        if sound_head and size_now == len(head) + len(sources) * bytes_a_row:
+            return np.load(path, mmap_mode='r')
+        print(f'{path} is made again, for it is ' + ('cut short' if sound_head else 'damaged'))
+
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     part.touch()
@@ -614,22 +619,31 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
         done = 0  # rows that an interrupted run has left
         if file.read(len(head)) == head:
             done = (part.stat().st_size - len(head)) // bytes_a_row
+        else:
+            file.truncate(0)
         need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
         if need > free:
             raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
                             f'{free / 1e9:.1f}: make room, or use another --cache-dir')
+        broken = {} if drawn else broken_images(sources[done:])  # before hours of computing
+        if broken:
+            raise UserError(one_of(list(broken.values())))
         print(f'computing {path} for {len(sources) - done} images')
-        file.seek(0)
-        file.write(head)
-        file.seek(len(head) + done * bytes_a_row)
-        for images in image_batches(sources[done:], size):
-            rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
-            file.write(rows.tobytes())
-            done += len(rows)
-            if sys.stdout.isatty():
-                print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.seek(0)
+            file.write(head)
+            file.seek(len(head) + done * bytes_a_row)
+            for images in image_batches(sources[done:], size):
+                rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
+                file.write(rows.tobytes())
+                done += len(rows)
+                if sys.stdout.isatty():
+                    print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
+                            'what is computed is kept') from None
     try:
         os.replace(part, path)
     except FileNotFoundError:  # the other run was faster

@@ -111,10 +111,10 @@ def torchvision_cnn(name, pretrained=True):
     weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
     try:
         cnn = torchvision.models.get_model(name, weights=weights)
-    except (OSError, RuntimeError) as error:  # no network, or a broken download
+    except Exception as error:  # no network, or a download that is broken in some way
         folder = Path(torch.hub.get_dir()) / 'checkpoints'
         raise UserError(f'cannot get the weights of {name} ({error}): download {weights.url} '
-                        f'and put it into {folder}') from None
+                        f'and put it into {folder}, in place of what may be there') from None
     if hasattr(cnn, 'layer4'):  # resnet, resnext, wide_resnet
         layers = [cnn.conv1, cnn.bn1, cnn.relu, cnn.maxpool,
                   cnn.layer1, cnn.layer2, cnn.layer3, cnn.layer4]
@@ -457,7 +457,7 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
                         'before is still there') from None
 
 
-def read_checkpoint(path, device='cpu'):
+def read_checkpoint(path):
     """The dictionary in a checkpoint file; no code in it is run.
 
     Raises UserError if the file is none, was damaged, or is of another program or version.
@@ -465,8 +465,9 @@ def read_checkpoint(path, device='cpu'):
     advice = 'name a checkpoint of this program, such as runs/NAME/best.pt'
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the sums of the parts
-            damaged = file.testzip()
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+            if file.testzip():
+                raise zipfile.BadZipFile('it is damaged')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise UserError(f'there is no checkpoint {path}: {advice}') from None
     except pickle.UnpicklingError:
@@ -477,9 +478,9 @@ def read_checkpoint(path, device='cpu'):
         raise UserError(f'{path} is not a checkpoint, or not all of one ({reason}): {advice}'
                         ) from None
     found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if damaged or found != FORMAT:
-        raise UserError(f'{path} ' + ('is damaged' if damaged else f"is of the format '{found}', "
-                        f"and this program reads '{FORMAT}'") + f': {advice}')
+    if found != FORMAT:
+        raise UserError(f"{path} is of the format '{found}', and this program reads '{FORMAT}': "
+                        f'{advice}')
     return checkpoint
 
 
@@ -488,7 +489,7 @@ def load_checkpoint(path, device='cpu'):
 
     The first two are on `device` and in evaluation mode. Raises UserError as `read_checkpoint`.
     """
-    checkpoint = read_checkpoint(path, device)
+    checkpoint = read_checkpoint(path)
     name, size, key, weights = (checkpoint['encoder'][k]
                                 for k in ('name', 'image_size', 'key', 'weights'))
     if name.endswith('.pt2') and not Path(name).exists():

@@ -135,15 +135,18 @@ def parse_settings():
         saved = read_checkpoint(checkpoint_of(first))['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    for name in ('epochs', 'patience', 'beam', 'max_len', 'batch_size', 'samples'):
+    for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
+    if not 0 <= args.dropout < 1:
+        raise UserError('--dropout must be from 0 to below 1')
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     order = ('data', 'optimizer', 'batch_size', 'seed') if args.resume else ()
     for name in FIXED + order if saved else ():
         if getattr(args, name) != saved[name]:
-            raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave it out')
+            raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave the '
+                            'flag out')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
 
 
@@ -177,24 +180,29 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def first_rank_first(make):
-    """make() on rank 0, then on the others, which find on disk what rank 0 put there."""
+def from_rank_0(make):
+    """make() is called on rank 0 alone; all ranks get what it returns, or end if it fails."""
     rank, world = ranks()
-    if rank:
-        dist.barrier()
-    made = make()
-    if world > 1 and not rank:
-        dist.barrier()
+    made, error = None, None
+    if not rank:
+        try:
+            made = make()
+        except (UserError, OSError) as problem:
+            error = problem
+    if world > 1:
+        both = [made, error]
+        dist.broadcast_object_list(both)
+        made, error = both
+    if error is not None:
+        raise SystemExit(2) if rank else error
     return made
 
 
-def from_rank_0(make):
-    """make() is called on rank 0 alone; all ranks get what it returns."""
-    rank, world = ranks()
-    made = [None if rank else make()]
-    if world > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
+def first_rank_first(make):
+    """make() on rank 0, then on the others, which find on disk what rank 0 put there."""
+    made = []
+    from_rank_0(lambda: made.append(make()))
+    return made[0] if made else make()
 
 
 def mean_over_ranks(x):
@@ -401,9 +409,13 @@ def precision(s, device):
 
 
 def draw_validation(path, examples, found, vocabulary, grid):
-    """Attention on a few validation images, one below the other."""
-    sheets = [draw_attention(open_image(x.image), vocabulary.decode(h.tokens), h.alphas, h.betas,
-                             grid) for x, h in zip(examples, found)]
+    """Attention on a few validation images, one below the other; a run does not end without."""
+    try:
+        pictures = [open_image(x.image) for x in examples]
+    except UserError as error:
+        return print(f'there is no {path.name}: {error}')
+    sheets = [draw_attention(picture, vocabulary.decode(h.tokens), h.alphas, h.betas, grid)
+              for picture, h in zip(pictures, found)]
     page = Image.new('RGB', (max(x.width for x in sheets), sum(x.height for x in sheets)), 'white')
     top = 0
     for sheet in sheets:
@@ -419,7 +431,7 @@ def main():
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
     rank, world = ranks()
-    splits = first_rank_first(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
+    splits = from_rank_0(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
     if args.eval:
         path = checkpoint_of(args)
         captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
@@ -432,10 +444,12 @@ def main():
 
     captions = [tokenize(c) for x in splits['train'] for c in x.captions]
     if args.resume:
-        folder = checkpoint_of(args).parent
-        captioner, encoder, vocabulary, _ = load_checkpoint(folder / 'last.pt', device)
+        path = checkpoint_of(args)
+        folder, state = path.parent, read_checkpoint(path).get('training')
+        if state is None:
+            raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
+        captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
         captioner.config.hard_decode = s.hard_decode
-        state = read_checkpoint(folder / 'last.pt')['training']
     else:
         captioner, encoder, vocabulary = build(s, captions, device)
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
@@ -449,12 +463,8 @@ def main():
     optimizer = make_optimizer(groups, s.optimizer, device)
     rates = [group['lr'] for group in groups]
     if args.resume:
-        optimizer.load_state_dict(state['optimizer'])
-        torch.set_rng_state(state['random'])
-        if device.type == 'cuda' and 'cuda_random' in state:
-            torch.cuda.set_rng_state(state['cuda_random'], device)
-    if rank:  # dropout and samples of its own
-        torch.manual_seed(hash((s.seed, rank, state['epoch'], state['step'])))
+        settings = optimizer.state_dict()['param_groups']  # for this device
+        optimizer.load_state_dict(state['optimizer'] | {'param_groups': settings})
     images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
               for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
@@ -472,9 +482,7 @@ def main():
           f'{f" and {world - 1} more" if world > 1 else ""}\nrun: {folder}')
 
     def save_last():
-        state.update(optimizer=optimizer.state_dict(), random=torch.get_rng_state())
-        if device.type == 'cuda':
-            state['cuda_random'] = torch.cuda.get_rng_state(device)
+        state['optimizer'] = optimizer.state_dict()
         save_checkpoint(folder / 'last.pt', captioner, encoder, vocabulary, asdict(s),
                         training=state)
 
@@ -510,6 +518,8 @@ def main():
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
             words = words.to(device, non_blocking=True)  # (B, T+1)
+            # Dropout and samples depend on the step alone: a run that is resumed draws the same.
+            torch.manual_seed(hash((s.seed, rank, epoch, step)))
             with precision(s, device):
                 with torch.set_grad_enabled(learn):
                     a = annotations(cnn, rows, device)
@@ -559,23 +569,23 @@ def main():
         point = pointing_rate(splits['val'], found, vocabulary, encoder.grid)
         if point is not None:
             log.append(f'pointing {point:.1f}')
-        if sys.stdout.isatty():
-            print('\r\033[K', end='')  # clear the progress line
         lines = ['  '.join(log)] + [f'    {" ".join(words)}   [{example.captions[0]}]' for
                                     words, example in list(zip(hypotheses, splits['val']))[:2]]
-        print(f'{lines[0]}  {speed:.0f} captions/s  {left / 60:.1f} min left', *lines[1:], sep='\n')
         state.update(epoch=epoch + 1, step=0, totals={}, log=state.get('log', []) + lines)
         # Where sampling begins the model is another one: what was best before is forgotten.
         better = bleu4 > state['best'] or s.attn == 'hard' and epoch == s.warm_up
         if better:
             state.update(best=bleu4, best_epoch=epoch)
-        if not rank:
-            draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
-                            vocabulary, encoder.grid)
+        if not rank:  # first what must not be lost
+            (folder / 'log.txt').write_text('\n'.join(state['log']) + '\n', encoding='utf-8')
             if better:
                 save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
             save_last()
-            (folder / 'log.txt').write_text('\n'.join(state['log']) + '\n', encoding='utf-8')
+            draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
+                            vocabulary, encoder.grid)
+        if sys.stdout.isatty():
+            print('\r\033[K', end='')  # clear the progress line
+        print(f'{lines[0]}  {speed:.0f} captions/s  {left / 60:.1f} min left', *lines[1:], sep='\n')
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     captioner, encoder, vocabulary, _ = first_rank_first(
