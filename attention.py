@@ -17,9 +17,9 @@ class AdditiveScore(torch.autograd.Function):
 
     tanh(x) = 2 sigmoid(2x) - 1, and the sum of v, the same for every location, falls out of the
     softmax. torch's sigmoid is several times faster on a CPU than its tanh, and a gradient by hand
-    goes over an array (B, L, A) less often and works in the one that the forward pass keeps: with
-    196 locations a training step takes two thirds of the time. keys (B, L, A), query (B, A),
-    v (A,) -> (B, L).
+    goes over an array (B, L, A) less often and works in the one that the forward pass keeps for
+    each word: with 196 locations a training step takes 0.8 to 0.9 of the time. keys (B, L, A),
+    query (B, A), v (A,) -> (B, L).
     """
 
     @staticmethod
