@@ -9,9 +9,11 @@ Letters, the same in every file:
     B batch   L locations   D feature size   T time steps   V vocabulary
     H hidden  M embedding   A attention size K beams
 Paper symbols: a annotation vectors, alpha attention weights, beta gate, z context, h and c the
-LSTM's state, E word embedding, y words. A line that changes a shape ends with it.
+LSTM's state, E word embedding, y words, s a sampled location. A line that changes a shape ends
+with it.
 """
 import hashlib
+import math
 import os
 import pickle
 import zipfile
@@ -23,16 +25,16 @@ import torch
 from torch import nn
 
 from attention import BahdanauAttention, DotAttention, hard_context, soft_context
-from data import END, PAD, START, UNK, UserError, Vocabulary
+from data import END, PAD, START, UNK, UserError, Vocabulary  # the capitals are word ids 0 to 3
 
 
 # ---------------------------------------------------------------------------- recurrent cells
 class LSTMCell(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), paper eq. (1)-(3).
 
-        i, f, o = sigmoid(W x_t + U h_{t-1} + b), g = tanh(W x_t + U h_{t-1} + b)
-        c_t = f * c_{t-1} + i * g        the gates forget old memory and write new
-        h_t = o * tanh(c_t)              and choose what to show
+        i, f, o, g = the four quarters of W x_t + U h_{t-1} + b
+        c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)   forget old memory and write new
+        h_t = sigmoid(o) * tanh(c_t)                        choose what to show
     """
     gates = 4
 
@@ -104,7 +106,7 @@ def torchvision_cnn(name, pretrained=True):
     vgg19 ends after conv5_4 and its ReLU, before the last max pool, as in the paper.
     Raises UserError for a name that torchvision has not, or when the weights cannot be had.
     """
-    import torchvision  # here, for it takes as long to load as torch, and only this needs it
+    import torchvision  # here: it loads as slowly as torch, and only this function needs it
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"no encoder is called '{name}': give 'tiny', a torchvision "
                         "classification CNN such as vgg19 or resnet50, or a path to a .pt2 file")
@@ -155,10 +157,11 @@ class Encoder(nn.Module):
         else:
             self.cnn, self.key = torchvision_cnn(self.name, pretrained)
         self.cnn.requires_grad_(self.trainable)
+        # Mean and standard deviation of ImageNet's pixels; not kept in checkpoints.
         self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), False)
         self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), False)
         self.eval()
-        with torch.no_grad():
+        with torch.no_grad():  # a trial run tells D and the grid
             try:
                 features = self.cnn(torch.zeros(2, 3, image_size, image_size))
             except (RuntimeError, AssertionError) as error:
@@ -180,7 +183,8 @@ class Encoder(nn.Module):
         if not zipfile.is_zipfile(path):
             raise UserError(f'{path} is not a file that torch.export.save wrote, or not all of it')
         try:
-            return torch.export.load(path).module(), f'{Path(path).stem}-{digest}'
+            cnn = torch.export.load(path).module().float()  # its weights may be kept as float16
+            return cnn, f'{Path(path).stem}-{digest}'
         except Exception as error:  # it has no error of its own for another program's zip file
             raise UserError(f'torch.export cannot load {path}: {str(error)[:100]}') from None
 
@@ -215,6 +219,7 @@ class CaptionerConfig:
     hidden_dim: int = 512
     attn_dim: int = 512
     dropout: float = 0.5
+    input_dropout: float = 0.0
     hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
 
 
@@ -251,28 +256,30 @@ class Captioner(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        c = self.config = config
         self.E = nn.Embedding(c.vocab_size, c.embed_dim)
         nn.init.normal_(self.E.weight, std=0.1)
         self.cell = {'lstm': LSTMCell, 'rnn': RNNCell}[c.cell](c.embed_dim, c.hidden_dim)
         if c.attn == 'none':
-            self.W_I = nn.Linear(c.feature_dim, c.embed_dim)
+            self.W_I = nn.Linear(c.feature_dim, c.embed_dim)  # the image as a first word
         else:
-            score = {'additive': BahdanauAttention, 'dot': DotAttention}[c.score]
-            self.attention = score(c.feature_dim, c.hidden_dim, c.attn_dim)
+            attention = {'additive': BahdanauAttention, 'dot': DotAttention}[c.score]
+            self.attention = attention(c.feature_dim, c.hidden_dim, c.attn_dim)
             self.f_init_h = nn.Linear(c.feature_dim, c.hidden_dim)
             self.f_init_c = nn.Linear(c.feature_dim, c.hidden_dim)
             self.f_beta = nn.Linear(c.hidden_dim, 1)
+            # The context's part of eq. (1); the word's and the state's are in the cell.
             self.W_z = nn.Linear(c.feature_dim, self.cell.gates * c.hidden_dim, bias=False)
             self.L_z = nn.Linear(c.feature_dim, c.embed_dim, bias=False)
-        self.L_h = nn.Linear(c.hidden_dim, c.embed_dim)
+        self.L_h = nn.Linear(c.hidden_dim, c.embed_dim)  # L_h, L_z, L_o: eq. (7)
         self.L_o = nn.Linear(c.embed_dim, c.vocab_size)
         self.dropout = nn.Dropout(c.dropout)
+        self.input_dropout = nn.Dropout(c.input_dropout)
 
-    def start(self, a, rows=1):
+    def start(self, a, copies=1):
         """Annotation vectors a (B, L, D) -> keys (B, L, A), a, and the first state (h, c).
 
-        Each image gets `rows` rows, one below the other, for as many captions or beams.
+        Each image is repeated `copies` times in a row, once for each of its captions or beams.
         """
         mean = a.mean(dim=1)  # (B, D)
         if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
@@ -284,113 +291,129 @@ class Captioner(nn.Module):
             h = torch.tanh(self.f_init_h(mean)).to(a.dtype)
             c = torch.tanh(self.f_init_c(mean)).to(a.dtype)
             a = a.to(keys.dtype)
-        if rows > 1:
-            keys, a, h, c = (x if x is None else x.repeat_interleave(rows, dim=0)
+        if copies > 1:
+            keys, a, h, c = (x if x is None else x.repeat_interleave(copies, dim=0)
                              for x in (keys, a, h, c))
         return keys, a, (h, c)
 
-    def step(self, Wy, keys, a, state, s=None, expected=None):
+    def step(self, WEy, keys, a, state, s=None, soft=None):
         """One word: look at the image with h_{t-1}, then move the LSTM on.
 
-        Wy (B, gates * H) is the cell's input from the word y_{t-1}; keys and a as in `start`.
-        s and expected are hard attention's choice, see `hard_context`.
+        WEy (B, gates * H) is W E y_{t-1} + b, the word's part of eq. (1); keys and a as in
+        `start`. s and soft are hard attention's choice, see `hard_context`.
         Returns the new state and the Look (None with attn='none').
         """
         if self.config.attn == 'none':
-            return self.cell.step(Wy, state), None
+            return self.cell.step(WEy, state), None
         h = state[0]
         alpha = self.attention(keys, h)  # (B, L)
-        captioning = not self.training and s is None
-        if self.config.attn == 'soft' or captioning and self.config.hard_decode == 'expected':
+        evaluating = not self.training and s is None  # then nothing is drawn at random
+        if self.config.attn == 'soft' or (evaluating and self.config.hard_decode == 'expected'):
             z, log_p_s = soft_context(alpha, a), None  # (B, D)
         else:
-            s = alpha.argmax(dim=1) if captioning else s
-            z, log_p_s = hard_context(alpha, a, s, expected)
+            s = alpha.argmax(dim=1) if evaluating else s  # where it is None one is sampled
+            z, log_p_s = hard_context(alpha, a, s, soft)
         beta = torch.sigmoid(self.f_beta(h))  # (B, 1), section 4.2.1
         z = beta * z
-        # W_z z is the third part of eq. (1)'s matrix product, beside the word's and the state's.
-        state = self.cell.step(Wy + self.W_z(z), state)
+        state = self.cell.step(WEy + self.W_z(z), state)
         return state, Look(z, alpha, beta.squeeze(1), log_p_s)
 
-    def logits(self, y, h, z=None):
-        """Deep output layer, eq. (7): words y (..., M), h (..., H), z (..., D) -> (..., V).
+    def logits(self, Ey, h, z=None):
+        """Deep output layer, eq. (7): words E y (..., M), h (..., H), z (..., D) -> (..., V).
 
         The tanh is in the authors' program and not in the paper's equation; the scores of the
         paper's table come from the program.
         """
-        n = y + self.L_h(self.dropout(h))
+        x = Ey + self.L_h(self.dropout(h))
         if z is not None:
-            n = n + self.L_z(z)
-        return self.L_o(self.dropout(torch.tanh(n)))
+            x = x + self.L_z(z)
+        return self.L_o(self.dropout(torch.tanh(x)))
 
-    def forward(self, a, captions, s=None, expected=None):
-        """Teacher-forced pass over captions of one length.
+    def forward(self, a, captions, s=None, soft=None):
+        """Teacher-forced pass over captions of one length -> Output.
 
-        a (B, L, D); captions (B, T+1) word ids from <start> to <end>, or (n * B, T+1) where each
-        image has n captions, one below the other. For hard attention,
-        s (B, T) fixes the locations (by default they are sampled in training mode and follow
-        config.hard_decode in evaluation mode), and words where expected (B, T) is true use the
-        expectation in place of a sample. Returns an Output.
+        a (B, L, D); captions (B, T+1), word ids from <start> to <end>. If captions has n * B rows,
+        each n rows in turn belong to one image.
+        Hard attention only: s (B, T) gives the locations; by default they are sampled in training
+        mode and follow config.hard_decode in evaluation mode. Where soft (B, T) is true, z is the
+        expectation.
         """
-        y = self.E(captions[:, :-1])  # (B, T, M)
+        Ey = self.input_dropout(self.E(captions[:, :-1]))  # (B, T, M)
+        a = a * self.input_dropout(torch.ones_like(a[:, :1]))  # a feature is dropped everywhere
         keys, a, state = self.start(a, len(captions) // len(a))
         h, looks = [], []
-        for t, Wy in enumerate(self.cell.W(y).unbind(1)):  # the words' part, for all t at once
-            choice = (x if x is None else x[:, t] for x in (s, expected))
-            state, look = self.step(Wy, keys, a, state, *choice)
+        for t, WEy in enumerate(self.cell.W(Ey).unbind(1)):  # the words' part, for all t at once
+            s_t, soft_t = (x if x is None else x[:, t] for x in (s, soft))
+            state, look = self.step(WEy, keys, a, state, s_t, soft_t)
             h.append(state[0])
             looks.append(look)
         h = torch.stack(h, dim=1)  # (B, T, H)
         if self.config.attn == 'none':
-            return Output(self.logits(y, h))
+            return Output(self.logits(Ey, h))
+        # T looks -> one tensor for each field of Look; soft attention has no log_p_s.
         z, alphas, betas, log_p_s = (None if part[0] is None else torch.stack(part, dim=1)
                                      for part in zip(*looks))
-        return Output(self.logits(y, h, z), alphas, betas, log_p_s)
+        return Output(self.logits(Ey, h, z), alphas, betas, log_p_s)
+
+    def next_word(self, words, keys, a, state):
+        """Words (B,) just said -> log p of the next one (B, V), the new state, the Look."""
+        Ey = self.E(words)
+        state, look = self.step(self.cell.W(Ey), keys, a, state)
+        z = None if look is None else look.z
+        return self.logits(Ey, state[0], z).log_softmax(dim=1), state, look
 
     @torch.no_grad()
-    def beam_search(self, a, beam_size=3, max_len=30, length_penalty=0.0):
+    def beam_search(self, a, beam_size=3, max_len=30, length_penalty=0.0, others=()):
         """Captions of the highest log p(y | a), all images and all their beams at once.
 
         a (B, L, D) -> for each image a list of at most beam_size Hypothesis, best first: those
         that ended before those cut at max_len words, each ordered by
         log_prob / len(tokens) ** length_penalty. As in the authors' program, an image's beam
         narrows by one whenever a caption ends. <unk> is never said.
+        With `others`, captioners of the same vocabulary, each word's probability is the mean of
+        all of theirs, an ensemble; alphas and betas are those of the first.
         """
         if beam_size < 1 or max_len < 1:
             raise ValueError('beam_size and max_len must be at least 1')
         B, K, V = len(a), beam_size, self.config.vocab_size
-        keys, a, state = self.start(a, K)  # row b * K + k is beam k of image b
+        team = [self, *others]
+        starts = [captioner.start(a, K) for captioner in team]  # row b * K + k: beam k of image b
+        views = [(keys, a) for keys, a, _ in starts]
+        states = [state for *_, state in starts]
         words = a.new_full((B * K,), START, dtype=torch.long)
-        score = a.new_full((B, K), -torch.inf)  # log p of each live beam; all but one are equal
-        score[:, 0] = 0
-        open_beams = torch.full((B, 1), K, device=a.device)  # beams that have not ended
-        rank = torch.arange(K, device=a.device)
-        images = torch.arange(B, device=a.device)  # those whose captions have not all ended
+        log_prob = a.new_full((B, K), -torch.inf)  # of each beam that grows
+        log_prob[:, 0] = 0  # at first an image's beams are equal: only one of them may grow
+        width = torch.full((B, 1), K, device=a.device)  # of each image's beam
+        place = torch.arange(K, device=a.device)
+        live = torch.arange(B, device=a.device)  # images that still grow; from here B means these
         trace = []
         for _ in range(max_len):
-            y = self.E(words)  # (B*K, M)
-            state, look = self.step(self.cell.W(y), keys, a, state)
-            log_p = self.logits(y, state[0], look and look.z).log_softmax(dim=1)  # (B*K, V)
+            log_ps, states, looks = zip(*(
+                captioner.next_word(words, *view, state)
+                for captioner, view, state in zip(team, views, states)))
+            log_p = torch.stack(log_ps).logsumexp(dim=0) - math.log(len(team))  # (B*K, V)
             log_p = log_p.nan_to_num(nan=-1e4)  # a model that diverged still says something
             log_p[:, [PAD, START, UNK]] = -torch.inf
-            total = (score.view(-1, 1) + log_p).view(-1, K * V)
-            score, best = total.topk(K, dim=1)  # (B, K), best first
+            total = (log_prob.view(-1, 1) + log_p).view(-1, K * V)  # any beam, then any word
+            log_prob, best = total.topk(K, dim=1)  # (B, K), best first
             parent, words = best // V, best % V  # (B, K)
-            kept = (rank < open_beams) & (score > -torch.inf)
+            kept = (place < width) & (log_prob > -torch.inf)
             ended = kept & (words == END)
-            trace.append((images, look, words, parent, score, ended, kept & ~ended))
-            open_beams = open_beams - ended.sum(dim=1, keepdim=True)
-            score = score.masked_fill(ended | ~kept, -torch.inf)
-            rows = torch.arange(len(images), device=a.device).unsqueeze(1) * K + parent  # (B, K)
-            going = (score > -torch.inf).any(dim=1).nonzero().squeeze(1)
+            growing = kept & ~ended
+            trace.append((live, looks[0], words, parent, log_prob, ended, growing))
+            width = width - ended.sum(dim=1, keepdim=True)
+            log_prob = log_prob.masked_fill(~growing, -torch.inf)
+            rows = torch.arange(len(live), device=a.device).unsqueeze(1) * K + parent  # (B, K)
+            going = growing.any(dim=1).nonzero().squeeze(1)
             if not len(going):
                 break
-            if len(going) <= len(images) / 2:  # finished images are not computed further
-                images, rows, words, score, open_beams = (
-                    x[going] for x in (images, rows, words, score, open_beams))
-                keys, a = (x if x is None else x.unflatten(0, (-1, K))[going].flatten(0, 1)
-                           for x in (keys, a))
-            words, state = words.flatten(), [x[rows.flatten()] for x in state]
+            if len(going) <= len(live) / 2:  # copying pays when half of the images have finished
+                live, rows, words, log_prob, width = (
+                    x[going] for x in (live, rows, words, log_prob, width))
+                views = [[x if x is None else x.unflatten(0, (-1, K))[going].flatten(0, 1)
+                          for x in view] for view in views]
+            # Each beam takes its parent's state; keys and a are the same for all beams of an image.
+            words, states = words.flatten(), [[x[rows.flatten()] for x in s] for s in states]
         found = self._read_back(trace, B, K)
         return [sorted(f, key=lambda x: (x.tokens[-1] != END, -x.log_prob
                                          / len(x.tokens) ** length_penalty)) for f in found]
@@ -405,15 +428,15 @@ class Captioner(nn.Module):
             for t, x in enumerate(steps):
                 whole[t, images[t]] = x
             return whole.cpu().numpy()
-        words, parent, score, ended, cut = map(stack, parts)
+        words, parent, log_probs, ended, growing = map(stack, parts)
         alphas = betas = None
         if looks[0] is not None:
             alphas = stack([x.alpha.unflatten(0, (-1, K)) for x in looks])
             betas = stack([x.beta.unflatten(0, (-1, K)) for x in looks])
-        ended[-1] |= cut[-1]  # at max_len the captions that go on are cut
+        ended[-1] |= growing[-1]  # at max_len the captions that still grow are cut
         found = [[] for _ in range(B)]
         for last, b, k in zip(*ended.nonzero()):
-            log_prob, tokens, beams = float(score[last, b, k]), [], []
+            log_prob, tokens, beams = float(log_probs[last, b, k]), [], []
             for t in range(last, -1, -1):
                 tokens.append(int(words[t, b, k]))
                 k = parent[t, b, k]  # the beam that looked at the image before this word
@@ -429,21 +452,26 @@ class Captioner(nn.Module):
 FORMAT = 'show-attend-tell 1'
 
 
-def save_checkpoint(path, captioner, encoder, vocabulary, settings, **training):
+def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, **training):
     """Write one file with all that captioning needs, and whatever `training` adds for resuming.
 
-    settings is a dictionary of numbers and strings. The weights of a frozen encoder are not
+    settings is a dictionary of numbers and strings. With `half` weights are written as float16:
+    half the bytes, and the captions are the same. The weights of a frozen encoder are not
     written: torchvision has them, and a .pt2 file is found where it was or beside the checkpoint.
     The file is written under another name and then renamed, so it is never half there. Raises
     UserError where it cannot be written.
     """
     path = Path(path)
     part = path.with_name(path.name + '.part')
-    weights = encoder.state_dict() if encoder.trainable else None
+
+    def weights(module):
+        return {name: x.half() if half and x.is_floating_point() else x
+                for name, x in module.state_dict().items()}
     content = {'format': FORMAT, 'config': asdict(captioner.config),
-               'captioner': captioner.state_dict(), 'words': vocabulary.words,
+               'captioner': weights(captioner), 'words': vocabulary.words,
                'encoder': {'name': encoder.name, 'image_size': encoder.image_size,
-                           'key': encoder.key, 'weights': weights},
+                           'key': encoder.key,
+                           'weights': weights(encoder) if encoder.trainable else None},
                'settings': settings, **training}
     try:
         with open(part, 'wb') as file:

@@ -74,12 +74,9 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
 
 
 def newest_checkpoint(folder='runs'):
-    """The best.pt that was written last below `folder`. Raises UserError if there is none."""
+    """The best.pt that was written last below `folder`, or the model that comes with this file."""
     found = sorted(Path(folder).glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f'no trained model in {folder}/: train one with "python train.py", '
-                        'or name one with --checkpoint')
-    return found[-1]
+    return found[-1] if found else Path(__file__).with_name('pretrained') / 'soft.pt'
 
 
 def image_paths(names):
@@ -100,7 +97,8 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.')
     parser.add_argument('images', nargs='+', help='image files or folders of images')
-    parser.add_argument('--checkpoint', help='trained model (default: the newest runs/*/best.pt)')
+    parser.add_argument('--checkpoint', help='trained model (default: the newest '
+                        'runs/*/best.pt, or else pretrained/soft.pt)')
     parser.add_argument('--top', type=int, default=1, help='captions for each image, at most beam')
     parser.add_argument('--beam', type=int, help='beam size (default: as in training)')
     parser.add_argument('--length-penalty', type=float,

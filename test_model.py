@@ -364,7 +364,7 @@ def test_reinforce_is_unbiased_and_the_bound_holds():
     mean = 0.0
     for pair in itertools.product(sequences, repeat=2):
         p = math.exp(sum(run(s)[1].item() for s in pair))
-        loss, _ = batch_loss(lambda a, captions, expected: captioner(
+        loss, _ = batch_loss(lambda a, captions, soft: captioner(
             a, captions, s=torch.tensor(pair)), a, captions, settings, baseline=1e9)
         mean = mean - p * flat_gradient(loss)
     torch.testing.assert_close(mean, exact, atol=1e-9, rtol=1e-6)
@@ -438,6 +438,22 @@ def test_beam_search_returns_captions_that_never_end_and_orders_by_length_penalt
         assert scores == sorted(scores, reverse=True) and len(scores) > 1
         differ |= ended != sorted(ended, key=lambda h: -h.log_prob)
     assert differ  # else the order by log_prob alone would pass too
+
+
+def test_an_ensemble_says_the_mean_of_its_members_probabilities():
+    team, a = [tiny_captioner(seed=seed) for seed in range(3)], torch.randn(4, 3, 5)
+    differ = 0
+    for n, hypotheses in enumerate(team[0].beam_search(a, 3, max_len=8, others=team[1:])):
+        for h in hypotheses:
+            captions = torch.tensor([[START] + h.tokens])
+            outs = [captioner(a[n:n + 1], captions) for captioner in team]
+            p = sum(out.logits.softmax(2)[0] for out in outs) / 3  # (T, V)
+            log_p = p[torch.arange(len(h.tokens)), h.tokens].log().sum()
+            assert h.log_prob == pytest.approx(float(log_p), abs=1e-4)
+            np.testing.assert_allclose(h.alphas, outs[0].alphas[0].detach(), atol=1e-5)
+        alone = team[0].beam_search(a[n:n + 1], 3, max_len=8)[0]
+        differ += [h.tokens for h in alone] != [h.tokens for h in hypotheses]
+    assert differ
 
 
 # ------------------------------------------------------------------------------------ scores
@@ -1045,6 +1061,13 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path, attn):
         assert [(h.tokens, h.log_prob) for h in one] == [(h.tokens, h.log_prob) for h in other]
     assert vocabulary2.words == vocabulary.words and settings == {'lr': 0.1}
     assert [p.name for p in tmp_path.iterdir()] == ['a.pt']
+    save_checkpoint(tmp_path / 'half.pt', captioner, encoder, vocabulary, {}, half=True)
+    half = load_checkpoint(tmp_path / 'half.pt')[0].state_dict()
+    for name, weight in captioner.state_dict().items():  # float16 keeps 11 bits
+        torch.testing.assert_close(half[name], weight, rtol=2 ** -11, atol=1e-7)
+    weights = sum(p.numel() for p in [*captioner.parameters(), *encoder.parameters()])
+    saved_bytes = [(tmp_path / name).stat().st_size for name in ('a.pt', 'half.pt')]
+    assert 1.9 * weights < saved_bytes[0] - saved_bytes[1] < 2.1 * weights
 
 
 # ------------------------------------------------------------- the commands, as a user calls them

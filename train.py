@@ -4,6 +4,7 @@
     python train.py --attn soft --data flickr8k       downloads what is missing
     python train.py --resume runs/NAME                goes on where it stopped
     python train.py --eval runs/NAME --split test --beam 3
+    python train.py --eval runs/A runs/B              an ensemble of several runs
     python train.py --data flickr8k -h                every setting and its default there
     torchrun --nproc_per_node=2 train.py              several GPUs or CPUs, with any of the above
 
@@ -58,28 +59,29 @@ class Settings:
     cell: str = setting('lstm', 'recurrent cell', ('lstm', 'rnn'))
     encoder: str = setting('vgg19', 'tiny, a torchvision CNN by name, or a .pt2 file')
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
-    finetune_from: int = setting(0, 'first epochs, in which a CNN that can learn does not')
+    finetune_from: int = setting(0, 'epochs before the CNN begins to learn')
     image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
-    embed_dim: int = setting(512, 'size of word embeddings')
+    embed_dim: int = setting(256, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
-    attn_dim: int = setting(512, 'size of the attention layer')
+    attn_dim: int = setting(256, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer')
+    input_dropout: float = setting(0.3, 'share dropped of word embeddings and image features')
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(4, 'vocabulary: words seen at least this often')
     # loss
     lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14); paper: 1')
     lambda_r: float = setting(0.02, 'hard: weight of the REINFORCE term, eq. (12)')
     lambda_h: float = setting(0.002, 'hard: weight of the entropy term, eq. (12)')
-    samples: int = setting(1, 'hard: samples a caption; above 1 the others are its baseline')
+    samples: int = setting(1, 'hard: samples per caption; if above 1, the others are its baseline')
     expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
-    warm_up: int = setting(2, 'hard: first epochs, in which no caption samples: soft attention')
+    warm_up: int = setting(2, 'hard: epochs of soft attention before sampling begins')
     hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
     # training
     optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
     lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(8, 'epochs at most')
+    epochs: int = setting(10, 'epochs at most')
     patience: int = setting(3, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
@@ -89,14 +91,14 @@ class Settings:
     # captioning
     beam: int = setting(5, 'beam size in validation and test')
     length_penalty: float = setting(0.7, 'captions are ordered by log p / length ** this')
-    max_len: int = setting(30, 'words in a caption at most')
+    max_len: int = setting(30, 'most words in a caption')
     punctuation: bool = setting(False, 'score punctuation as words, as the authors did')
 
 
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
-SHAPES = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
-              dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100, epochs=4,
-              beam=3, hard_decode='argmax', lambda_ds=0.0)
+SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
+                       dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
+                       batch_size=100, epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
 
 # Table 1 of the paper: BLEU-1..4, METEOR.
 PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
@@ -110,9 +112,9 @@ PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
          ('coco', 'hard'): (71.8, 50.4, 35.7, 25.0, 23.04)}
 
 
-# What a model is: a run that goes on, or that is scored, cannot have another.
+# Settings that make the model: --resume and --eval cannot change them.
 FIXED = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
-         'attn_dim', 'dropout', 'max_words', 'min_count')
+         'attn_dim', 'dropout', 'input_dropout', 'max_words', 'min_count')
 
 
 def parse_settings():
@@ -124,41 +126,59 @@ def parse_settings():
         parser.add_argument('--' + f.name.replace('_', '-'), default=f.default, **kind,
                             help=f'{f.metadata["help"]} [%(default)s]')
     parser.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
-    parser.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
+    parser.add_argument('--eval', metavar='RUN', nargs='+',
+                        help='folder of a run (or checkpoint) to score; of several: their ensemble')
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
                         help='split that --eval scores [%(default)s]')
+    # --data, --resume and --eval decide the other defaults, so they are read before all else.
     first, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ('-h', '--help')])
     if first.data == 'shapes':
-        parser.set_defaults(**SHAPES)
+        parser.set_defaults(**SHAPES_DEFAULTS)
     saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        saved = read_checkpoint(checkpoint_of(first))['settings']
+        saved = read_checkpoint(checkpoints_of(first)[0])['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
     for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
-    if not 0 <= args.dropout < 1:
-        raise UserError('--dropout must be from 0 to below 1')
+    if not (0 <= args.dropout < 1 and 0 <= args.input_dropout < 1):
+        raise UserError('--dropout and --input-dropout must be from 0 to below 1')
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
-    order = ('data', 'optimizer', 'batch_size', 'seed') if args.resume else ()
-    for name in FIXED + order if saved else ():
+    # A run that goes on must also see the same batches in the same order.
+    fixed = FIXED + (('data', 'optimizer', 'batch_size', 'seed') if args.resume else ())
+    for name in fixed if saved else ():
         if getattr(args, name) != saved[name]:
             raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave the '
                             'flag out')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
 
 
-def checkpoint_of(args):
-    """The file that --resume or --eval means: a run's last.pt or best.pt, or the file named."""
-    path = Path(args.resume or args.eval)
-    return path / ('last.pt' if args.resume else 'best.pt') if path.is_dir() else path
+def checkpoints_of(args):
+    """The files that --resume or --eval mean: a run's last.pt or best.pt, or the file named."""
+    name = 'last.pt' if args.resume else 'best.pt'
+    paths = [Path(run) for run in ([args.resume] if args.resume else args.eval)]
+    return [path / name if path.is_dir() else path for path in paths]
+
+
+def load_ensemble(paths, device):
+    """Checkpoints -> the first's captioner, encoder and vocabulary, and the other captioners."""
+    captioner, encoder, vocabulary, _ = load_checkpoint(paths[0], device)
+    others = []
+    for path in paths[1:]:
+        other, its_encoder, its_vocabulary, _ = load_checkpoint(path, device)
+        same_images = (its_encoder.key, its_encoder.grid) == (encoder.key, encoder.grid)
+        if encoder.trainable or not same_images or its_vocabulary.words != vocabulary.words:
+            raise UserError(f'{path} and {paths[0]} are no ensemble: that takes one frozen encoder '
+                            'and one vocabulary')
+        others.append(other)
+    return captioner, encoder, vocabulary, others
 
 
 # ------------------------------------------------------------------------- several processes
 def join_ranks(name):
-    """Pick the device; under torchrun, meet the other processes, a GPU each. -> device
+    """Pick the device; under torchrun, meet the other processes, one GPU each. -> device
 
     nccl works between GPUs, gloo between CPUs and for Python's objects. Only rank 0 prints.
     """
@@ -215,9 +235,10 @@ def mean_over_ranks(x):
 
 
 # ------------------------------------------------------------------------------------ scoring
-def caption_images(captioner, encoder, images, s):
+def caption_images(captioner, encoder, images, s, others=()):
     """The best Hypothesis for each row of `images` (cached features or pixels), in order.
 
+    others: captioners that form an ensemble with the first.
     Rank r of W captions the images r, r + W, ..; all of them get all captions.
     """
     captioner.eval()
@@ -227,7 +248,7 @@ def caption_images(captioner, encoder, images, s):
     with torch.no_grad():
         for i in range(0, len(mine), 25):
             a = annotations(encoder, read_rows(images, mine[i:i + 25], device), device)
-            hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty)
+            hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty, others)
             found += [best for best, *_ in hypotheses]
     if world > 1:
         parts = [None] * world
@@ -280,11 +301,11 @@ def print_row(label, columns):
     print(f'{label:36}' + ''.join('        -' if x is None else f'{x:9.2f}' for x in columns))
 
 
-def report(captioner, encoder, vocabulary, s, split, examples, folder):
+def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()):
     """Caption a split, write a COCO results file, and print its row beside the paper's."""
     began = time.time()
     images = first_rank_first(lambda: image_arrays(encoder, examples, s))
-    found = caption_images(captioner, encoder, images, s)
+    found = caption_images(captioner, encoder, images, s, others)
     if ranks()[0]:
         return
     references, hypotheses = reference_words(examples, s), hypothesis_words(found, vocabulary, s)
@@ -292,7 +313,8 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
     for name, content in (
             ('results', [{'image_id': x.name, 'caption': c} for x, c in zip(examples, captions)]),
             ('references', {x.name: x.captions for x in examples})):
-        with open(folder / f'{split}-{name}.json', 'w', encoding='utf-8') as file:
+        stem = f'{split}-ensemble-{name}' if others else f'{split}-{name}'
+        with open(folder / f'{stem}.json', 'w', encoding='utf-8') as file:
             json.dump(content, file, indent=0, ensure_ascii=False)
 
     print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, '
@@ -304,7 +326,7 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder):
         row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
     print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
     how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
-    print_row(f'this model ({how})', row)
+    print_row(f'this model ({how})' if not others else f'{1 + len(others)} models ({how})', row)
     if (s.data, s.attn) in PAPER:
         name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
         print_row(name, PAPER[s.data, s.attn])
@@ -325,11 +347,12 @@ def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
     """
     expected = s.expected if expected is None else expected
     targets = captions[:, 1:]  # (B, T)
-    samples = s.samples if expected < 1 else 1  # where no caption samples one pass is all
+    samples = s.samples if expected < 1 else 1  # where nothing is sampled one pass will do
     if s.attn == 'hard':
+        # Each caption once for each of its samples; the captioner repeats a itself.
         captions, targets = (x.repeat_interleave(samples, dim=0) for x in (captions, targets))
-        coin = torch.rand(len(captions), 1, device=a.device) < expected
-        out = captioner(a, captions, expected=coin.expand(targets.shape))
+        soft = torch.rand(len(captions), 1, device=a.device) < expected  # these do not sample
+        out = captioner(a, captions, soft=soft.expand(targets.shape))
     else:
         out = captioner(a, captions)
     nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
@@ -343,7 +366,7 @@ def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
                               s.lambda_h)
         numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
                     'entropy': entropy(out.alphas).mean() / targets.shape[1],
-                    'sampled': 1 - coin.float().mean()}
+                    'sampled': 1 - soft.float().mean()}
     else:
         loss = -log_p_y
         if s.attn == 'soft' and s.lambda_ds:
@@ -373,7 +396,8 @@ def build(s, captions, device):
                         'none to learn: use a lower --min-count')
     encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
-                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode)
+                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout,
+                             s.input_dropout, s.hard_decode)
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
@@ -385,9 +409,9 @@ def make_optimizer(groups, name, device):
 
 
 def compile_step(captioner, locations, s, device):
-    """Compile the decoder's step, or say why not: it takes a C++ compiler or a GPU that is known.
+    """Compile the decoder's step, or say why not: it needs a C++ compiler or a supported GPU.
 
-    It is compiled when it is called, so call it, forward and backward.
+    It is compiled when it is first called, so it is called here, forward and backward.
     """
     plain, c = captioner.step, captioner.config
     captioner.step = torch.compile(plain)
@@ -409,7 +433,7 @@ def precision(s, device):
 
 
 def draw_validation(path, examples, found, vocabulary, grid):
-    """Attention on a few validation images, one below the other; a run does not end without."""
+    """Attention on a few validation images, one below the other; without them a run goes on."""
     try:
         pictures = [open_image(x.image) for x in examples]
     except UserError as error:
@@ -433,18 +457,20 @@ def main():
     rank, world = ranks()
     splits = from_rank_0(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
     if args.eval:
-        path = checkpoint_of(args)
-        captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
+        paths = checkpoints_of(args)
+        captioner, encoder, vocabulary, others = load_ensemble(paths, device)
         check_beam(s.beam, vocabulary)
-        captioner.config.hard_decode = s.hard_decode
+        for member in captioner, *others:
+            member.config.hard_decode = s.hard_decode
         if args.split not in splits:
             raise UserError(f'{s.data} has no split {args.split}')
         return report(captioner, encoder, vocabulary, s, args.split, splits[args.split],
-                      path.parent)
+                      paths[0].parent, others)
 
+    # A new run, or one to go on with.
     captions = [tokenize(c) for x in splits['train'] for c in x.captions]
     if args.resume:
-        path = checkpoint_of(args)
+        path, = checkpoints_of(args)
         folder, state = path.parent, read_checkpoint(path).get('training')
         if state is None:
             raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
@@ -463,22 +489,25 @@ def main():
     optimizer = make_optimizer(groups, s.optimizer, device)
     rates = [group['lr'] for group in groups]
     if args.resume:
-        settings = optimizer.state_dict()['param_groups']  # for this device
-        optimizer.load_state_dict(state['optimizer'] | {'param_groups': settings})
+        groups_here = optimizer.state_dict()['param_groups']  # fused or not: as this device can
+        optimizer.load_state_dict(state['optimizer'] | {'param_groups': groups_here})
+
+    # Images as arrays, captions as word ids.
     images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
               for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
     if not args.resume:
         folder = from_rank_0(lambda: new_folder(s))
     ids = [[START, *vocabulary.encode(words), END] for words in captions]
-    owner = np.repeat(np.arange(len(splits['train'])), [len(x.captions) for x in splits['train']])
+    image_of = np.repeat(np.arange(len(splits['train'])),  # caption i is of image image_of[i]
+                         [len(x.captions) for x in splits['train']])
     lengths = np.array([len(words) for words in ids])
     references = reference_words(splits['val'], s)
-    weights = sum(p.numel() for group in groups for p in group['params'])
+    n_weights = sum(p.numel() for group in groups for p in group['params'])
     print(f'{s.data}: {len(splits["train"])} training images, {len(ids)} captions, '
           f'{len(vocabulary)} words\n{s.attn} attention, encoder {encoder.key} with '
-          f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, {weights:,} '
-          f'trained weights, on {device}'
+          f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, '
+          f'{n_weights:,} trained weights, on {device}'
           f'{f" and {world - 1} more" if world > 1 else ""}\nrun: {folder}')
 
     def save_last():
@@ -486,7 +515,7 @@ def main():
         save_checkpoint(folder / 'last.pt', captioner, encoder, vocabulary, asdict(s),
                         training=state)
 
-    stop = []
+    stop = []  # not empty after Ctrl-C
 
     def stop_after_step(*_):  # Ctrl-C ends the run after its step; a second one ends it at once
         stop.append(True)
@@ -504,16 +533,17 @@ def main():
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
         batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
         expected = 1.0 if epoch < s.warm_up else s.expected
-        learn = epoch >= s.finetune_from  # the CNN too, if it is one that can
+        train_cnn = epoch >= s.finetune_from  # a frozen CNN stays as it is
         captioner.train()
-        encoder.train(learn)
+        encoder.train(train_cnn)
+        # This rank's captions; where a batch has none for it, one that counts 0 (see weight).
         mine = [batch[rank::world] if rank < len(batch) else batch[:1] for batch in batches]
-        todo = ahead(mine[state['step']:], lambda batch: (
-            read_rows(images['train'], owner[batch], device),
+        loaded = ahead(mine[state['step']:], lambda batch: (
+            read_rows(images['train'], image_of[batch], device),
             pinned(torch.tensor([ids[i] for i in batch]), device)))
-        for step, (batch, (rows, words)) in enumerate(todo, state['step']):
+        for step, (batch, (rows, words)) in enumerate(loaded, state['step']):
             # Gradients are averaged over the ranks: one with fewer captions must count for less.
-            part = len(batches[step][rank::world]) * world / len(batches[step])
+            weight = len(batches[step][rank::world]) * world / len(batches[step])
             done = (epoch + step / len(batches)) / s.epochs  # share of the training
             for group, rate in zip(optimizer.param_groups, rates):
                 group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
@@ -521,18 +551,18 @@ def main():
             # Dropout and samples depend on the step alone: a run that is resumed draws the same.
             torch.manual_seed(hash((s.seed, rank, epoch, step)))
             with precision(s, device):
-                with torch.set_grad_enabled(learn):
+                with torch.set_grad_enabled(train_cnn):
                     a = annotations(cnn, rows, device)
                 loss, numbers = batch_loss(decoder, a, words, s, state['baseline'], expected)
             optimizer.zero_grad(set_to_none=True)
-            (part * loss).backward()
+            (weight * loss).backward()
             norms = [torch.nn.utils.clip_grad_norm_(group['params'], s.clip) for group in groups]
             optimizer.step()
             if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
-                reward = mean_over_ranks(part * numbers['reward'])
+                reward = mean_over_ranks(weight * numbers['reward'])
                 state['baseline'] = 0.9 * state['baseline'] + 0.1 * reward
             for key, value in numbers.items():  # tensors: a number would wait for the GPU
-                state['totals'][key] = state['totals'].get(key, 0.0) + part * value
+                state['totals'][key] = state['totals'].get(key, 0.0) + weight * value
             state['step'], steps_done = step + 1, steps_done + 1
             captions_done += len(batches[step])
             speed = captions_done / (time.time() - epoch_began)
@@ -541,7 +571,7 @@ def main():
                 print(f'\repoch {epoch + 1}/{s.epochs}  {step + 1}/{len(batches)}  loss '
                       f'{loss.item():.2f}  {speed:.0f} captions/s  {left / 60:.1f} min left ',
                       end='', flush=True)
-            # Ctrl-C reached some rank? gloo answers, no GPU waits.
+            # Has any rank had Ctrl-C? The tensor is on the CPU, so no GPU is waited for.
             stopping = mean_over_ranks(torch.tensor(float(len(stop)))) > 0
             if step % 50 == 49 or step + 1 == len(batches) or stopping:
                 if not math.isfinite(mean_over_ranks(state['totals']['loss']) + sum(norms)):
@@ -558,6 +588,7 @@ def main():
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
                 sys.exit(130)
 
+        # Validation.
         found = caption_images(captioner, encoder, images['val'], s)
         hypotheses = hypothesis_words(found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
@@ -579,7 +610,8 @@ def main():
         if not rank:  # first what must not be lost
             (folder / 'log.txt').write_text('\n'.join(state['log']) + '\n', encoding='utf-8')
             if better:
-                save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s))
+                save_checkpoint(folder / 'best.pt', captioner, encoder, vocabulary, asdict(s),
+                                half=True)
             save_last()
             draw_validation(folder / f'attention-{epoch + 1:02}.png', splits['val'][:3], found,
                             vocabulary, encoder.grid)
