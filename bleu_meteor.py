@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import re
-import zipfile
 from collections import Counter
 
 import nltk
@@ -90,15 +89,9 @@ def bleu(references, hypotheses, brevity_penalty=True):
 
 
 @functools.cache
-def has_wordnet():
-    """Whether NLTK finds WordNet; prints how to get it, once, where it does not."""
-    try:
-        nltk.corpus.wordnet.ensure_loaded()
-        return True
-    except (LookupError, OSError, zipfile.BadZipFile):  # none, or not all of it
-        print('METEOR is left out, for NLTK has no WordNet: get it with '
-              '"python -m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it')
-        return False
+def print_once(text):
+    """Print what would otherwise be said for every score."""
+    print(text)
 
 
 def meteor(references, hypotheses):
@@ -109,14 +102,15 @@ def meteor(references, hypotheses):
     weight 1; the Java program also knows paraphrases and weighs function words, so the two agree
     in scale and not in the digits. Arguments as for `bleu`.
     """
-    if not has_wordnet():
-        return None
     from nltk.translate.meteor_score import meteor_score
     try:
+        nltk.corpus.wordnet.ensure_loaded()  # also where no word needs it
         scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
                   for refs, hypothesis in zip(references, hypotheses)]
-    except Exception as error:  # NLTK reads WordNet's files when it needs them
-        print(f'METEOR is left out, for NLTK cannot read its WordNet ({error!r:.80}): get it anew')
+    except Exception as error:  # no WordNet, or not all of it: NLTK has no one error for that
+        print_once(f'METEOR is left out, NLTK cannot read WordNet ({type(error).__name__}): '
+                   'get it with "python -m nltk.downloader wordnet", or set NLTK_DATA to a folder '
+                   'that has it')
         return None
     return 100 * math.fsum(scores) / len(scores)  # whatever the order of the images
 
@@ -145,12 +139,11 @@ def read_pair(results, references):
         captions = {str(r['image_id']): str(r['caption']) for r in json.load(file)}
     with open(references, encoding='utf-8') as file:
         content = json.load(file)
-    by_image = {}
+    by_image = content
     if 'annotations' in content:
+        by_image = {}
         for r in content['annotations']:
             by_image.setdefault(str(r['image_id']), []).append(r['caption'])
-    else:
-        by_image = {str(image): texts for image, texts in content.items()}
     for image, texts in by_image.items():
         if not texts or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
             raise ValueError(f'the references of {image} are not a list of captions')

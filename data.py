@@ -439,11 +439,11 @@ def split_captions(files, captions):
 
 
 def sound(captions, path, files, problems):
-    """{image: captions} of a split without images that are not there and empty captions.
+    """{image: captions} of a split -> its Examples, without missing images and empty captions.
 
     Each of them, and each image that is left without a caption, adds a line to `problems`.
     """
-    kept = {}
+    examples = []
     for image, texts in captions.items():
         good = [text for text in texts if isinstance(text, str) and text.strip()]
         if len(good) < max(1, len(texts)):
@@ -451,8 +451,9 @@ def sound(captions, path, files, problems):
         elif image not in files:
             problems.append(f'{path} has captions for {image}, which is not in the folder')
         if good and image in files:
-            kept[image] = good
-    return kept
+            number = re.fullmatch(r'COCO_.*_(\d{12})\.jpg', image)  # COCO knows its images by it
+            examples.append(Example(files[image], good, name=int(number[1]) if number else image))
+    return examples
 
 
 def one_of(problems):
@@ -471,19 +472,8 @@ def broken_images(paths):
         return {path: text for path, text in zip(paths, pool.map(problem, paths)) if text}
 
 
-def load_captions(name, root='data', skip_bad=False):
-    """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example.
-
-    name: shapes (which also has 'unseen', a second test split), flickr8k, flickr30k or coco;
-    root: the folder that holds a folder of that name. What is missing is downloaded.
-    Bad lines, captions that are empty or without their image, and images without captions are
-    left out and counted with skip_bad, and so are images that cannot be read: each is opened once.
-    Raises UserError for them otherwise, and where files are missing or cannot be read.
-    """
-    if name == 'shapes':
-        return {'train': make_shapes(7000, 'train'), 'val': make_shapes(200, 'val'),
-                'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
-    folder = Path(root) / name
+def data_files(name, folder):
+    """The files below a data set's folder, by name; what is missing is downloaded first."""
     files = list_files(folder)
     if name == 'flickr30k' and not any(map(is_image, files)):
         raise UserError(f'{folder} has no images. Flickr30k is given out by its authors: fill in '
@@ -498,7 +488,23 @@ def load_captions(name, root='data', skip_bad=False):
             download(*KARPATHY, folder)
         except UserError as error:  # without it a split is made, where there are captions
             print(error)
-        files = list_files(folder)
+    return list_files(folder)
+
+
+def load_captions(name, root='data', skip_bad=False):
+    """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example.
+
+    name: shapes (which also has 'unseen', a second test split), flickr8k, flickr30k or coco;
+    root: the folder that holds a folder of that name. What is missing is downloaded.
+    Bad lines, captions that are empty or without their image, and images without captions are
+    left out and counted with skip_bad, and so are images that cannot be read: each is opened once.
+    Raises UserError for them otherwise, and where files are missing or cannot be read.
+    """
+    if name == 'shapes':
+        return {'train': make_shapes(7000, 'train'), 'val': make_shapes(200, 'val'),
+                'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
+    folder = Path(root) / name
+    files = data_files(name, folder)
     path = next((files[file] for file in CAPTION_FILES[name] if file in files), None)
     if path is None:
         raise UserError(f'{folder} has none of the caption files {", ".join(CAPTION_FILES[name])}')
@@ -511,10 +517,9 @@ def load_captions(name, root='data', skip_bad=False):
         splits = split_captions(files, read_captions(path, problems))
     splits = {split: sound(splits[split], path, files, problems) for split in splits}
     if skip_bad:
-        broken = broken_images([files[image] for split in splits.values() for image in split])
+        broken = broken_images([x.image for split in splits.values() for x in split])
         problems += broken.values()
-        splits = {split: {image: captions for image, captions in splits[split].items()
-                          if files[image] not in broken} for split in splits}
+        splits = {split: [x for x in splits[split] if x.image not in broken] for split in splits}
     if problems and not skip_bad:
         raise UserError(f'{one_of(problems)}: put it right, or leave out what is bad with '
                         '--skip-bad')
@@ -523,12 +528,7 @@ def load_captions(name, root='data', skip_bad=False):
     for split in ('train', 'val'):
         if not splits[split]:
             raise UserError(f'{folder}: there is no image with captions for {split}')
-
-    def name_of(image):  # COCO knows its images by the number in their names
-        return int(image[-16:-4]) if re.fullmatch(r'COCO_.*_\d{12}\.jpg', image) else image
-    return {split: [Example(files[image], captions, name=name_of(image))
-                    for image, captions in splits[split].items()]
-            for split in splits if splits[split]}
+    return {split: examples for split, examples in splits.items() if examples}
 
 
 # ---------------------------------------------------------------------------- images and arrays
@@ -548,12 +548,10 @@ def open_image(source):
             if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
                 pixels = np.asarray(image, dtype=np.float64)
                 top = 65535 if image.mode.startswith('I') else max(pixels.max(), 1e-9)
-                return Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8)
-                                       ).convert('RGB')
-            if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+                image = Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8))
+            elif image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
                 image = image.convert('RGBA')
-                return Image.alpha_composite(Image.new('RGBA', image.size, 'white'),
-                                             image).convert('RGB')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             return image.convert('RGB')
     except FileNotFoundError:
         raise UserError(f'there is no image {source}') from None
@@ -583,6 +581,24 @@ def image_batches(sources, size, batch_size=32):
             yield torch.from_numpy(np.stack(list(pixels)))
 
 
+def npy_head(shape, dtype):
+    """How a .npy file of this shape and dtype begins; its rows come next, one after the other."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {
+        'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
+        'shape': shape})
+    return head.getvalue()
+
+
+def rows_in(path, head, bytes_a_row):
+    """How many whole rows a file has after this head; -1 if it is not there or begins otherwise."""
+    if not path.exists():
+        return -1
+    with open(path, 'rb') as file:
+        same_head = file.read(len(head)) == head
+    return (path.stat().st_size - len(head)) // bytes_a_row if same_head else -1
+
+
 def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     """The examples' images as one array (N, ..) in the order of `examples`.
 
@@ -600,50 +616,40 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {
-        'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
-        'shape': (len(sources), *row)})
-    head, bytes_a_row = head.getvalue(), math.prod(row) * np.dtype(dtype).itemsize
+    head = npy_head((len(sources), *row), dtype)
+    bytes_a_row = math.prod(row) * np.dtype(dtype).itemsize
+    if rows_in(path, head, bytes_a_row) == len(sources):
+        return np.load(path, mmap_mode='r')
     if path.exists():
-        with open(path, 'rb') as file:
-            sound_head, size_now = file.read(len(head)) == head, path.stat().st_size
-        if sound_head and size_now == len(head) + len(sources) * bytes_a_row:
-            return np.load(path, mmap_mode='r')
-        print(f'{path} is made again, for it is ' + ('cut short' if sound_head else 'damaged'))
+        print(f'{path} is made again: it is damaged or cut short')
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
-    part.touch()
-    with open(part, 'r+b') as file:  # another run may be writing the same rows: no harm
-        done = 0  # rows that an interrupted run has left
-        if file.read(len(head)) == head:
-            done = (part.stat().st_size - len(head)) // bytes_a_row
-        else:
-            file.truncate(0)
-        need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
-        if need > free:
-            raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
-                            f'{free / 1e9:.1f}: make room, or use another --cache-dir')
-        broken = {} if drawn else broken_images(sources[done:])  # before hours of computing
-        if broken:
-            raise UserError(one_of(list(broken.values())))
-        print(f'computing {path} for {len(sources) - done} images')
-        try:
-            file.seek(0)
+    done = max(0, rows_in(part, head, bytes_a_row))  # rows that an interrupted run has left
+    need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has {free / 1e9:.1f}: '
+                        'make room, or use another --cache-dir')
+    broken = broken_images(sources[done:])  # before hours of computing
+    if broken:
+        raise UserError(one_of(list(broken.values())))
+    print(f'computing {path} for {len(sources) - done} images')
+    try:
+        # Another run may be writing the same rows: no harm.
+        with open(part, 'r+b' if done else 'wb') as file:
             file.write(head)
             file.seek(len(head) + done * bytes_a_row)
             for images in image_batches(sources[done:], size):
-                rows = images.numpy() if encode is None else encode(images).half().cpu().numpy()
-                file.write(rows.tobytes())
+                rows = images if encode is None else encode(images).half().cpu()
+                file.write(rows.numpy().tobytes())
                 done += len(rows)
                 if sys.stdout.isatty():
                     print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
             file.flush()
             os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
-                            'what is computed is kept') from None
+    except OSError as error:
+        raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
+                        'what is computed is kept') from None
     try:
         os.replace(part, path)
     except FileNotFoundError:  # the other run was faster

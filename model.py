@@ -284,7 +284,7 @@ class Captioner(nn.Module):
         mean = a.mean(dim=1)  # (B, D)
         if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
             zero = mean.new_zeros(len(a), self.config.hidden_dim)
-            keys, (h, c) = None, self.cell(self.W_I(mean), (zero, zero))
+            keys, (h, c) = a[:, :0], self.cell(self.W_I(mean), (zero, zero))  # no keys
         else:
             keys = self.attention.project(a)
             # With --amp products are in bfloat16, and a with them; the state stays in float32.
@@ -292,8 +292,7 @@ class Captioner(nn.Module):
             c = torch.tanh(self.f_init_c(mean)).to(a.dtype)
             a = a.to(keys.dtype)
         if copies > 1:
-            keys, a, h, c = (x if x is None else x.repeat_interleave(copies, dim=0)
-                             for x in (keys, a, h, c))
+            keys, a, h, c = (x.repeat_interleave(copies, dim=0) for x in (keys, a, h, c))
         return keys, a, (h, c)
 
     def step(self, WEy, keys, a, state, s=None, soft=None):
@@ -355,12 +354,13 @@ class Captioner(nn.Module):
                                      for part in zip(*looks))
         return Output(self.logits(Ey, h, z), alphas, betas, log_p_s)
 
-    def next_word(self, words, keys, a, state):
-        """Words (B,) just said -> log p of the next one (B, V), the new state, the Look."""
+    def next_word(self, words, seen):
+        """Words (B,), what `start` gave -> log p of the next (B, V), the same anew, Look."""
+        keys, a, state = seen
         Ey = self.E(words)
         state, look = self.step(self.cell.W(Ey), keys, a, state)
         z = None if look is None else look.z
-        return self.logits(Ey, state[0], z).log_softmax(dim=1), state, look
+        return self.logits(Ey, state[0], z).log_softmax(dim=1), (keys, a, state), look
 
     @torch.no_grad()
     def beam_search(self, a, beam_size=3, max_len=30, length_penalty=0.0, others=()):
@@ -377,75 +377,59 @@ class Captioner(nn.Module):
             raise ValueError('beam_size and max_len must be at least 1')
         B, K, V = len(a), beam_size, self.config.vocab_size
         team = [self, *others]
-        starts = [captioner.start(a, K) for captioner in team]  # row b * K + k: beam k of image b
-        views = [(keys, a) for keys, a, _ in starts]
-        states = [state for *_, state in starts]
-        words = a.new_full((B * K,), START, dtype=torch.long)
+        seen = [captioner.start(a, K) for captioner in team]  # row b * K + k: beam k of image b
+        words = a.new_full((B * K, 1), START, dtype=torch.long)  # (B*K, t) of each beam so far
+        looked = []  # alphas (B*K, t, L) and betas (B*K, t), likewise
         log_prob = a.new_full((B, K), -torch.inf)  # of each beam that grows
         log_prob[:, 0] = 0  # at first an image's beams are equal: only one of them may grow
         width = torch.full((B, 1), K, device=a.device)  # of each image's beam
-        place = torch.arange(K, device=a.device)
         live = torch.arange(B, device=a.device)  # images that still grow; from here B means these
-        trace = []
-        for _ in range(max_len):
-            log_ps, states, looks = zip(*(
-                captioner.next_word(words, *view, state)
-                for captioner, view, state in zip(team, views, states)))
+        finished = []  # of each step: images, words, log_prob and looks of captions that ended
+        for t in range(1, max_len + 1):
+            log_ps, seen, looks = zip(*(captioner.next_word(words[:, -1], x)
+                                        for captioner, x in zip(team, seen)))
             log_p = torch.stack(log_ps).logsumexp(dim=0) - math.log(len(team))  # (B*K, V)
             log_p = log_p.nan_to_num(nan=-1e4)  # a model that diverged still says something
             log_p[:, [PAD, START, UNK]] = -torch.inf
             total = (log_prob.view(-1, 1) + log_p).view(-1, K * V)  # any beam, then any word
             log_prob, best = total.topk(K, dim=1)  # (B, K), best first
-            parent, words = best // V, best % V  # (B, K)
-            kept = (place < width) & (log_prob > -torch.inf)
-            ended = kept & (words == END)
+            word = best % V  # (B, K)
+            rows = torch.arange(len(live), device=a.device).unsqueeze(1) * K + best // V  # parents
+            if looks[0] is not None:
+                new = looks[0].alpha.unsqueeze(1), looks[0].beta.unsqueeze(1)
+                looked = [torch.cat(x, dim=1) for x in zip(looked, new)] if looked else new
+            kept = (torch.arange(K, device=a.device) < width) & (log_prob > -torch.inf)
+            ended = kept & (word == END)
+            b, k = (ended if t < max_len else kept).nonzero(as_tuple=True)
+            tokens = torch.cat([words[rows[b, k]], word[b, k].unsqueeze(1)], dim=1)
+            finished.append((live[b], tokens, log_prob[b, k], *(x[rows[b, k]] for x in looked)))
             growing = kept & ~ended
-            trace.append((live, looks[0], words, parent, log_prob, ended, growing))
-            width = width - ended.sum(dim=1, keepdim=True)
-            log_prob = log_prob.masked_fill(~growing, -torch.inf)
-            rows = torch.arange(len(live), device=a.device).unsqueeze(1) * K + parent  # (B, K)
             going = growing.any(dim=1).nonzero().squeeze(1)
             if not len(going):
                 break
+            width = width - ended.sum(dim=1, keepdim=True)
+            log_prob = log_prob.masked_fill(~growing, -torch.inf)
             if len(going) <= len(live) / 2:  # copying pays when half of the images have finished
-                live, rows, words, log_prob, width = (
-                    x[going] for x in (live, rows, words, log_prob, width))
-                views = [[x if x is None else x.unflatten(0, (-1, K))[going].flatten(0, 1)
-                          for x in view] for view in views]
-            # Each beam takes its parent's state; keys and a are the same for all beams of an image.
-            words, states = words.flatten(), [[x[rows.flatten()] for x in s] for s in states]
-        found = self._read_back(trace, B, K)
-        return [sorted(f, key=lambda x: (x.tokens[-1] != END, -x.log_prob
-                                         / len(x.tokens) ** length_penalty)) for f in found]
+                live, rows, word, log_prob, width = (
+                    x[going] for x in (live, rows, word, log_prob, width))
+                seen = [(keys[rows.flatten()], a[rows.flatten()], state) for keys, a, state in seen]
+            rows = rows.flatten()  # each beam goes on from its parent; an image has one a for all
+            words = torch.cat([words[rows], word.view(-1, 1)], dim=1)
+            looked = [x[rows] for x in looked]
+            seen = [(keys, a, [x[rows] for x in state]) for keys, a, state in seen]
+        return self._hypotheses(finished, B, length_penalty)
 
     @staticmethod
-    def _read_back(trace, B, K):
-        """Follow each caption of a beam search from its last word back to its first."""
-        images, looks, *parts = zip(*trace)
-
-        def stack(steps):  # of (images, K, ..) each -> (T, B, K, ..), 0 where an image has finished
-            whole = steps[0].new_zeros(len(steps), B, *steps[0].shape[1:])
-            for t, x in enumerate(steps):
-                whole[t, images[t]] = x
-            return whole.cpu().numpy()
-        words, parent, log_probs, ended, growing = map(stack, parts)
-        alphas = betas = None
-        if looks[0] is not None:
-            alphas = stack([x.alpha.unflatten(0, (-1, K)) for x in looks])
-            betas = stack([x.beta.unflatten(0, (-1, K)) for x in looks])
-        ended[-1] |= growing[-1]  # at max_len the captions that still grow are cut
+    def _hypotheses(finished, B, length_penalty):
+        """What a beam search collected -> for each of B images its Hypotheses, best first."""
         found = [[] for _ in range(B)]
-        for last, b, k in zip(*ended.nonzero()):
-            log_prob, tokens, beams = float(log_probs[last, b, k]), [], []
-            for t in range(last, -1, -1):
-                tokens.append(int(words[t, b, k]))
-                k = parent[t, b, k]  # the beam that looked at the image before this word
-                beams.append(k)
-            at = (range(last + 1), b, beams[::-1])
-            found[b].append(Hypothesis(tokens[::-1], log_prob,
-                                       None if alphas is None else alphas[at],
-                                       None if betas is None else betas[at]))
-        return found
+        for images, tokens, log_probs, *looks in finished:
+            looks = [x.cpu().numpy() for x in looks] or [[None] * len(images)] * 2
+            for image, *parts in zip(images.tolist(), tokens[:, 1:].tolist(), log_probs.tolist(),
+                                     *looks):
+                found[image].append(Hypothesis(*parts))
+        return [sorted(f, key=lambda x: (x.tokens[-1] != END, -x.log_prob
+                                         / len(x.tokens) ** length_penalty)) for f in found]
 
 
 # --------------------------------------------------------------------------------- checkpoints
@@ -512,10 +496,11 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def load_checkpoint(path, device='cpu'):
+def load_checkpoint(path, device='cpu', hard_decode=None):
     """Rebuild what a checkpoint holds -> captioner, encoder, vocabulary, settings.
 
-    The first two are on `device` and in evaluation mode. Raises UserError as `read_checkpoint`.
+    The first two are on `device` and in evaluation mode. hard_decode takes the place of what the
+    configuration says. Raises UserError as `read_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
     name, size, key, weights = (checkpoint['encoder'][k]
@@ -528,6 +513,7 @@ def load_checkpoint(path, device='cpu'):
     if weights is not None:
         encoder.load_state_dict(weights)
     captioner = Captioner(CaptionerConfig(**checkpoint['config']))
+    captioner.config.hard_decode = hard_decode or captioner.config.hard_decode
     captioner.load_state_dict(checkpoint['captioner'])
     return (captioner.to(device).eval(), encoder.to(device).eval(),
             Vocabulary(checkpoint['words']), checkpoint['settings'])

@@ -4,8 +4,9 @@
     python sample.py a.jpg b.png photos/ --top 3  several images or folders, three captions each
     python sample.py img.jpg --json               the same for a program to read
 
-The model is the newest one in runs/ unless --checkpoint names another. The pictures are those of
-the paper's figures 2, 3 and 5: for each word, the image under the attention that chose it.
+The model is the newest one in runs/, or pretrained/soft.pt where there is none, unless
+--checkpoint names another. The pictures are those of the paper's figures 2, 3 and 5: for each word,
+the image under the attention that chose it.
 """
 import argparse
 import json
@@ -73,9 +74,9 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
     return sheet
 
 
-def newest_checkpoint(folder='runs'):
-    """The best.pt that was written last below `folder`, or the model that comes with this file."""
-    found = sorted(Path(folder).glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
+def newest_checkpoint():
+    """The best.pt that was written last below runs/, or the model that comes with this file."""
+    found = sorted(Path('runs').glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else Path(__file__).with_name('pretrained') / 'soft.pt'
 
 
@@ -103,7 +104,7 @@ def parse_arguments():
     parser.add_argument('--beam', type=int, help='beam size (default: as in training)')
     parser.add_argument('--length-penalty', type=float,
                         help='order captions by log p / length ** this (default: as in training)')
-    parser.add_argument('--max-len', type=int, default=30, help='words in a caption at most')
+    parser.add_argument('--max-len', type=int, default=30, help='most words in a caption')
     parser.add_argument('--hard-decode', choices=('argmax', 'expected'),
                         help='context of hard attention (default: as in training)')
     parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
@@ -153,8 +154,7 @@ def main():
     args = parse_arguments()
     checkpoint = args.checkpoint or newest_checkpoint()
     device = pick_device(args.device)
-    captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device)
-    captioner.config.hard_decode = args.hard_decode or captioner.config.hard_decode
+    captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device, args.hard_decode)
     beam = settings['beam'] if args.beam is None else args.beam
     penalty = settings['length_penalty'] if args.length_penalty is None else args.length_penalty
     check_beam(beam, vocabulary)
@@ -179,9 +179,10 @@ def main():
                 drawings.append(pool.submit(save_picture, path, picture,
                                             vocabulary.decode(best.tokens), best.alphas,
                                             best.betas, encoder.grid))
-                for c in [] if args.json else captions:
+                for c in captions:
                     log_prob = f"  ({c['log_prob']:.2f})" if args.top > 1 else ''
-                    print(f"{path}: {c['caption']}{log_prob}")
+                    if not args.json:
+                        print(f"{path}: {c['caption']}{log_prob}")
     for result, drawing in zip(results, drawings):
         try:
             drawing.result()

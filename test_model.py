@@ -917,7 +917,7 @@ def test_feature_cache(tmp_path, capsys):
         file.write_bytes(broken)
         again = data.cache_arrays(examples, 32, tmp_path / 'cache', 'mean', encode, (1, 3))
         np.testing.assert_allclose(again[:, 0], expected, rtol=2e-3)
-        assert 'made again, for it is ' in capsys.readouterr().out
+        assert 'made again: it is ' in capsys.readouterr().out
 
 
 def test_an_interrupted_feature_cache_is_taken_up_again(tmp_path, monkeypatch):
@@ -1325,6 +1325,23 @@ def test_sample_captions_files_and_folders(trained, tmp_path):
 
 
 # ---------------------------------------------------------- what users and disks do to files
+@pytest.mark.parametrize('attn', ['soft', 'hard'])
+def test_the_models_that_come_along_caption_drawings_at_once(tmp_path, attn):
+    said = {'dog': 'dog', 'surfer': 'surf', 'children': 'child|boy|girl|people|men'}
+    for name in said:
+        shutil.copy(HERE / 'figures' / f'{name}.png', tmp_path)
+    choice = ['--checkpoint', HERE / 'pretrained' / 'hard.pt'] if attn == 'hard' else []
+    result = run('sample.py', '.', *choice, cwd=tmp_path)  # no run is there
+    assert result.returncode == 0, result.stderr
+    assert f'{attn}.pt' in result.stderr  # which model it was
+    captions = dict(line.split('.png: ') for line in result.stdout.splitlines())
+    for name, words in said.items():
+        assert re.search(words, captions[name]), captions
+        assert (tmp_path / f'{name}.attention.png').exists()
+    sizes = [path.stat().st_size for path in (HERE / 'pretrained').iterdir()]
+    assert sum(sizes) <= 40e6
+
+
 def mutations(content, count, seed):
     """`count` damaged copies of some bytes: flipped, cut, repeated, overwritten."""
     rng = random.Random(seed)
@@ -1478,7 +1495,6 @@ FAULTS = {
     'no such CNN': ({}, [*TRAIN, '--encoder', 'alexnet9'], 'alexnet9'),
     'no cache folder': ({'c': b'a file'}, [*TRAIN, '--cache-dir', 'c'], 'c: '),
     'another size': ({}, [*EVAL, '--hidden-dim', '9'], '--hidden-dim is 8 in this run'),
-    'no trained model': ({BEST: None}, ['sample.py', IMAGE], 'no trained model in runs/: train'),
     'no image': ({}, [*SAMPLE, 'none.jpg'], 'there is no image none.jpg'),
     'no picture': ({'bad.jpg': b'hello'}, [*SAMPLE, 'bad.jpg', IMAGE], 'bad.jpg cannot be read'),
     'no pixels': ({'bad.bmp': b'BM' + bytes(12) + b'\x28' + bytes(40)}, [*SAMPLE, 'bad.bmp'],
@@ -1649,7 +1665,6 @@ def test_a_drawing_has_a_panel_for_each_word():
 
 def test_the_readmes_map_names_what_is_there():
     import importlib
-    import re
     checked = 0
     for row in (HERE / 'README.md').read_text(encoding='utf-8').splitlines():
         if row.startswith('|') and '.py`' in row:

@@ -125,7 +125,7 @@ def parse_settings():
             'type': f.type, 'choices': f.metadata['choices']}
         parser.add_argument('--' + f.name.replace('_', '-'), default=f.default, **kind,
                             help=f'{f.metadata["help"]} [%(default)s]')
-    parser.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
+    parser.add_argument('--resume', metavar='RUN', nargs=1, help='folder of a run to go on with')
     parser.add_argument('--eval', metavar='RUN', nargs='+',
                         help='folder of a run (or checkpoint) to score; of several: their ensemble')
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
@@ -158,16 +158,15 @@ def parse_settings():
 def checkpoints_of(args):
     """The files that --resume or --eval mean: a run's last.pt or best.pt, or the file named."""
     name = 'last.pt' if args.resume else 'best.pt'
-    paths = [Path(run) for run in ([args.resume] if args.resume else args.eval)]
-    return [path / name if path.is_dir() else path for path in paths]
+    return [path / name if path.is_dir() else path for path in map(Path, args.resume or args.eval)]
 
 
-def load_ensemble(paths, device):
+def load_ensemble(paths, device, hard_decode):
     """Checkpoints -> the first's captioner, encoder and vocabulary, and the other captioners."""
-    captioner, encoder, vocabulary, _ = load_checkpoint(paths[0], device)
+    captioner, encoder, vocabulary, _ = load_checkpoint(paths[0], device, hard_decode)
     others = []
     for path in paths[1:]:
-        other, its_encoder, its_vocabulary, _ = load_checkpoint(path, device)
+        other, its_encoder, its_vocabulary, _ = load_checkpoint(path, device, hard_decode)
         same_images = (its_encoder.key, its_encoder.grid) == (encoder.key, encoder.grid)
         if encoder.trainable or not same_images or its_vocabulary.words != vocabulary.words:
             raise UserError(f'{path} and {paths[0]} are no ensemble: that takes one frozen encoder '
@@ -401,13 +400,6 @@ def build(s, captions, device):
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
-def make_optimizer(groups, name, device):
-    """Adam or RMSProp over groups of weights, each with a learning rate of its own."""
-    if name == 'rmsprop':
-        return torch.optim.RMSprop(groups)
-    return torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda'))  # in one pass: faster
-
-
 def compile_step(captioner, locations, s, device):
     """Compile the decoder's step, or say why not: it needs a C++ compiler or a supported GPU.
 
@@ -458,10 +450,8 @@ def main():
     splits = from_rank_0(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
     if args.eval:
         paths = checkpoints_of(args)
-        captioner, encoder, vocabulary, others = load_ensemble(paths, device)
+        captioner, encoder, vocabulary, others = load_ensemble(paths, device, s.hard_decode)
         check_beam(s.beam, vocabulary)
-        for member in captioner, *others:
-            member.config.hard_decode = s.hard_decode
         if args.split not in splits:
             raise UserError(f'{s.data} has no split {args.split}')
         return report(captioner, encoder, vocabulary, s, args.split, splits[args.split],
@@ -474,8 +464,7 @@ def main():
         folder, state = path.parent, read_checkpoint(path).get('training')
         if state is None:
             raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
-        captioner, encoder, vocabulary, _ = load_checkpoint(path, device)
-        captioner.config.hard_decode = s.hard_decode
+        captioner, encoder, vocabulary, _ = load_checkpoint(path, device, s.hard_decode)
     else:
         captioner, encoder, vocabulary = build(s, captions, device)
         state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
@@ -483,11 +472,13 @@ def main():
     check_beam(s.beam, vocabulary)
     if s.compile:
         compile_step(captioner, math.prod(encoder.grid), s, device)
-    groups = [{'params': list(captioner.parameters()), 'lr': s.lr}]
+    groups = [{'params': list(captioner.parameters()), 'first_lr': s.lr}]
     if encoder.trainable:
-        groups.append({'params': list(encoder.parameters()), 'lr': s.encoder_lr})
-    optimizer = make_optimizer(groups, s.optimizer, device)
-    rates = [group['lr'] for group in groups]
+        groups.append({'params': list(encoder.parameters()), 'first_lr': s.encoder_lr})
+    if s.optimizer == 'rmsprop':
+        optimizer = torch.optim.RMSprop(groups)
+    else:  # fused: all weights in one pass, which is faster
+        optimizer = torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda'))
     if args.resume:
         groups_here = optimizer.state_dict()['param_groups']  # fused or not: as this device can
         optimizer.load_state_dict(state['optimizer'] | {'param_groups': groups_here})
@@ -545,8 +536,8 @@ def main():
             # Gradients are averaged over the ranks: one with fewer captions must count for less.
             weight = len(batches[step][rank::world]) * world / len(batches[step])
             done = (epoch + step / len(batches)) / s.epochs  # share of the training
-            for group, rate in zip(optimizer.param_groups, rates):
-                group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group['lr'] = group['first_lr'] * 0.5 * (1 + math.cos(math.pi * done))
             words = words.to(device, non_blocking=True)  # (B, T+1)
             # Dropout and samples depend on the step alone: a run that is resumed draws the same.
             torch.manual_seed(hash((s.seed, rank, epoch, step)))
@@ -592,10 +583,9 @@ def main():
         found = caption_images(captioner, encoder, images['val'], s)
         hypotheses = hypothesis_words(found, vocabulary, s)
         bleu4 = bleu(references, hypotheses)[3]
-        means = {key: float(mean_over_ranks(torch.as_tensor(total))) / len(batches)
-                 for key, total in state['totals'].items()}
         log = [f'epoch {epoch + 1}/{s.epochs}']
-        log += [f'{key} {mean:.3f}' for key, mean in means.items()]
+        log += [f'{key} {float(mean_over_ranks(total)) / len(batches):.3f}'
+                for key, total in state['totals'].items()]
         log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
         point = pointing_rate(splits['val'], found, vocabulary, encoder.grid)
         if point is not None:
@@ -621,8 +611,7 @@ def main():
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     captioner, encoder, vocabulary, _ = first_rank_first(
-        lambda: load_checkpoint(folder / 'best.pt', device))
-    captioner.config.hard_decode = s.hard_decode
+        lambda: load_checkpoint(folder / 'best.pt', device, s.hard_decode))
     print(f'best epoch: {state["best_epoch"] + 1}; {(time.time() - began) / 60:.1f} minutes')
     for split in ('test', 'unseen'):
         if split in splits:
