@@ -33,23 +33,7 @@ class UserError(Exception):
     """Something that the user can put right; its text says what is wrong and what to do."""
 
 
-def run_command(main):
-    """Run a script's main function; what a user can put right becomes one line and status 2."""
-    for stream in sys.stdout, sys.stderr:  # a terminal that has not all letters shows their codes
-        stream.reconfigure(errors='backslashreplace')
-    try:
-        main()
-    except KeyboardInterrupt:
-        print('\nstopped', file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a folder that cannot be written, a full disk
-        print(f'error: {error.filename or "a file"}: {error.strerror or error}', file=sys.stderr)
-        sys.exit(2)
-
-
+# --------------------------------------------------------------------- images, captions, vocabulary
 class Object(NamedTuple):
     """A drawn object of the shapes set; box is (left, top, right, bottom) in 0..1 of the image."""
     shape: str
@@ -93,7 +77,201 @@ class Vocabulary:
         return [self.all[int(i)] for i in ids if int(i) not in (PAD, START, END)]
 
 
-# ----------------------------------------------------------------------- shapes, drawn from a seed
+# ------------------------------------------------------------------------------------------ batches
+def length_batches(lengths, batch_size, rng):
+    """Shuffled batches of captions of one length, paper section 4.3: no padding and no masks.
+
+    lengths: (N,) words of each caption; rng: numpy Generator. Returns a list of index arrays; each
+    caption is in exactly one.
+    """
+    order = rng.permutation(len(lengths))
+    order = order[np.argsort(lengths[order], kind='stable')]
+    edges = np.flatnonzero(np.diff(lengths[order])) + 1
+    batches = [part[i:i + batch_size] for part in np.split(order, edges)
+               for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def ahead(batches, read):
+    """Yield (batch, read(batch)) for each batch; a thread reads the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(read, batch) for batch in batches[:1]]
+        for i, batch in enumerate(batches):
+            coming += [pool.submit(read, batch) for batch in batches[i + 1:i + 2]]
+            yield batch, coming.pop(0).result()
+
+
+def pinned(tensor, device):
+    """The tensor in memory from which a GPU can fetch it while the CPU goes on."""
+    return tensor.pin_memory() if device.type == 'cuda' else tensor
+
+
+def read_rows(array, index, device):
+    """Rows of what `cache_arrays` or `to_gpu` returns, as a tensor; index: array of integers."""
+    if isinstance(array, torch.Tensor):
+        return array[pinned(torch.from_numpy(index), device).to(device, non_blocking=True)]
+    return pinned(torch.from_numpy(array[index]), device)
+
+
+def to_gpu(array, device):
+    """The array as a tensor on the GPU where that takes at most half of its free memory."""
+    if device.type != 'cuda' or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return array
+    tensor = torch.from_numpy(array[:0].copy()).new_empty(array.shape, device=device)
+    for i in range(0, len(array), 1000):
+        tensor[i:i + 1000] = torch.from_numpy(array[i:i + 1000].copy())
+    return tensor
+
+
+# -------------------------------------------------------------------------------- images and arrays
+def is_image(name):
+    """Whether a file's name is that of an image; `._*` are macOS's notes and no images."""
+    endings = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
+    return name.lower().endswith(endings) and not name.startswith('._')
+
+
+def open_image(source):
+    """Path, file or pixels (H, W, 3) -> upright RGB picture, whatever kind of image it was.
+
+    Grey, palette, CMYK and 16-bit images become RGB, transparent ones are laid on white, and a
+    camera's note of how it was held is obeyed. Raises UserError if the file is not an image.
+    """
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    try:
+        with Image.open(source) as image:
+            if 0 in image.size:
+                raise ValueError('it has no pixels')
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
+                pixels = np.asarray(image, dtype=np.float64)
+                top = 65535 if image.mode.startswith('I') else max(pixels.max(), 1e-9)
+                image = Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8))
+            elif image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+                image = image.convert('RGBA')
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            return image.convert('RGB')
+    except FileNotFoundError:
+        raise UserError(f'there is no image {source}') from None
+    except UnidentifiedImageError:
+        error = 'it is not an image that Pillow knows'
+    except Image.DecompressionBombError:
+        error = f'it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels'
+    except Exception as problem:  # whatever a broken file makes of Pillow's many readers
+        error = getattr(problem, 'strerror', None) or problem
+    raise UserError(f'{source} cannot be read ({error}): replace it or leave it out (in training '
+                    '--skip-bad does)')
+
+
+def broken_images(paths):
+    """Open each image -> what is wrong with those that cannot be opened, {path: text}."""
+    def problem(path):
+        try:
+            open_image(path)
+        except UserError as error:
+            return str(error)
+    with ThreadPoolExecutor() as pool:
+        return {path: text for path, text in zip(paths, pool.map(problem, paths)) if text}
+
+
+def one_of(problems):
+    """The first line of a list, and how many more there are."""
+    return problems[0] + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
+
+
+def load_image(source, size):
+    """Path or pixels -> uint8 array (3, size, size): the whole image, squeezed into a square."""
+    image = open_image(source)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.BICUBIC)
+    return np.array(image).transpose(2, 0, 1)
+
+
+def image_batches(sources, size, batch_size=32):
+    """Yield uint8 tensors (B, 3, size, size), in order, read by several threads."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in range(0, len(sources), batch_size):
+            pixels = pool.map(lambda s: load_image(s, size), sources[i:i + batch_size])
+            yield torch.from_numpy(np.stack(list(pixels)))
+
+
+def npy_head(shape, dtype):
+    """How a .npy file of this shape and dtype begins; its rows come next, one after the other."""
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {
+        'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
+        'shape': shape})
+    return head.getvalue()
+
+
+def rows_in(path, head, bytes_a_row):
+    """How many whole rows a file has after this head; -1 if it is not there or begins otherwise."""
+    if not path.exists():
+        return -1
+    with open(path, 'rb') as file:
+        same_head = file.read(len(head)) == head
+    return (path.stat().st_size - len(head)) // bytes_a_row if same_head else -1
+
+
+def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
+    """The examples' images as one array (N, ..) in the order of `examples`.
+
+    encode maps image tensors (B, 3, size, size) to features (B, *shape), which are kept as float16
+    in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
+    are, those of drawn images in memory. The file's name ends in a digest of `label` (which
+    encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
+    It is called .part until it is whole; a run that is interrupted leaves that to the next one.
+    """
+    sources = [example.image for example in examples]
+    drawn = isinstance(sources[0], np.ndarray)
+    if encode is None and drawn:
+        return np.concatenate([b.numpy() for b in image_batches(sources, size)])
+    known = [hashlib.md5(x).hexdigest() if drawn else [x.name, x.stat().st_size] for x in sources]
+    digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
+    path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
+    dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
+    head = npy_head((len(sources), *row), dtype)
+    bytes_a_row = math.prod(row) * np.dtype(dtype).itemsize
+    if rows_in(path, head, bytes_a_row) == len(sources):
+        return np.load(path, mmap_mode='r')
+    if path.exists():
+        print(f'{path} is made again: it is damaged or cut short')
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + '.part')
+    done = max(0, rows_in(part, head, bytes_a_row))  # rows that an interrupted run has left
+    need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has {free / 1e9:.1f}: '
+                        'make room, or use another --cache-dir')
+    broken = broken_images(sources[done:])  # before hours of computing
+    if broken:
+        raise UserError(one_of(list(broken.values())))
+    print(f'computing {path} for {len(sources) - done} images')
+    try:
+        # Another run may be writing the same rows: no harm.
+        with open(part, 'r+b' if done else 'wb') as file:
+            file.write(head)
+            file.seek(len(head) + done * bytes_a_row)
+            for images in image_batches(sources[done:], size):
+                rows = images if encode is None else encode(images).half().cpu()
+                file.write(rows.numpy().tobytes())
+                done += len(rows)
+                if sys.stdout.isatty():
+                    print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
+                        'what is computed is kept') from None
+    try:
+        os.replace(part, path)
+    except FileNotFoundError:  # the other run was faster
+        pass
+    return np.load(path, mmap_mode='r')
+
+
+# ------------------------------------------------------------------------ shapes, drawn from a seed
 SHAPES = {'circle': ('circle', 'disc'), 'square': ('square', 'box'), 'triangle': ('triangle',),
           'star': ('star',), 'cross': ('cross', 'plus'), 'diamond': ('diamond', 'rhombus')}
 COLOURS = {'red': (215, 40, 40), 'orange': (245, 140, 30), 'yellow': (245, 225, 60),
@@ -254,13 +432,7 @@ def pointing(words, alphas, objects, grid):
     return hits, nouns
 
 
-# --------------------------------------------------------------------- data sets on disk
-def is_image(name):
-    """Whether a file's name is that of an image; `._*` are macOS's notes and no images."""
-    endings = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
-    return name.lower().endswith(endings) and not name.startswith('._')
-
-
+# -------------------------------------------------------------------------------- data sets on disk
 GITHUB = 'https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/'
 COCO = 'http://images.cocodataset.org/'
 # What downloads when no file of a name like the first column is there: address, kind of sum, sum.
@@ -456,22 +628,6 @@ def sound(captions, path, files, problems):
     return examples
 
 
-def one_of(problems):
-    """The first line of a list, and how many more there are."""
-    return problems[0] + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
-
-
-def broken_images(paths):
-    """Open each image -> what is wrong with those that cannot be opened, {path: text}."""
-    def problem(path):
-        try:
-            open_image(path)
-        except UserError as error:
-            return str(error)
-    with ThreadPoolExecutor() as pool:
-        return {path: text for path, text in zip(paths, pool.map(problem, paths)) if text}
-
-
 def data_files(name, folder):
     """The files below a data set's folder, by name; what is missing is downloaded first."""
     files = list_files(folder)
@@ -531,173 +687,19 @@ def load_captions(name, root='data', skip_bad=False):
     return {split: examples for split, examples in splits.items() if examples}
 
 
-# ---------------------------------------------------------------------------- images and arrays
-def open_image(source):
-    """Path, file or pixels (H, W, 3) -> upright RGB picture, whatever kind of image it was.
-
-    Grey, palette, CMYK and 16-bit images become RGB, transparent ones are laid on white, and a
-    camera's note of how it was held is obeyed. Raises UserError if the file is not an image.
-    """
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
+# -------------------------------------------------------------------------------- for every command
+def run_command(main):
+    """Run a script's main function; what a user can put right becomes one line and status 2."""
+    for stream in sys.stdout, sys.stderr:  # a terminal that has not all letters shows their codes
+        stream.reconfigure(errors='backslashreplace')
     try:
-        with Image.open(source) as image:
-            if 0 in image.size:
-                raise ValueError('it has no pixels')
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I') or image.mode == 'F':  # 16 or 32 bits of grey
-                pixels = np.asarray(image, dtype=np.float64)
-                top = 65535 if image.mode.startswith('I') else max(pixels.max(), 1e-9)
-                image = Image.fromarray((pixels * (255 / top)).clip(0, 255).astype(np.uint8))
-            elif image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
-                image = image.convert('RGBA')
-                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-            return image.convert('RGB')
-    except FileNotFoundError:
-        raise UserError(f'there is no image {source}') from None
-    except UnidentifiedImageError:
-        error = 'it is not an image that Pillow knows'
-    except Image.DecompressionBombError:
-        error = f'it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels'
-    except Exception as problem:  # whatever a broken file makes of Pillow's many readers
-        error = getattr(problem, 'strerror', None) or problem
-    raise UserError(f'{source} cannot be read ({error}): replace it or leave it out (in training '
-                    '--skip-bad does)')
-
-
-def load_image(source, size):
-    """Path or pixels -> uint8 array (3, size, size): the whole image, squeezed into a square."""
-    image = open_image(source)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.BICUBIC)
-    return np.array(image).transpose(2, 0, 1)
-
-
-def image_batches(sources, size, batch_size=32):
-    """Yield uint8 tensors (B, 3, size, size), in order, read by several threads."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(sources), batch_size):
-            pixels = pool.map(lambda s: load_image(s, size), sources[i:i + batch_size])
-            yield torch.from_numpy(np.stack(list(pixels)))
-
-
-def npy_head(shape, dtype):
-    """How a .npy file of this shape and dtype begins; its rows come next, one after the other."""
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {
-        'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
-        'shape': shape})
-    return head.getvalue()
-
-
-def rows_in(path, head, bytes_a_row):
-    """How many whole rows a file has after this head; -1 if it is not there or begins otherwise."""
-    if not path.exists():
-        return -1
-    with open(path, 'rb') as file:
-        same_head = file.read(len(head)) == head
-    return (path.stat().st_size - len(head)) // bytes_a_row if same_head else -1
-
-
-def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
-    """The examples' images as one array (N, ..) in the order of `examples`.
-
-    encode maps image tensors (B, 3, size, size) to features (B, *shape), which are kept as float16
-    in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
-    are, those of drawn images in memory. The file's name ends in a digest of `label` (which
-    encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
-    It is called .part until it is whole; a run that is interrupted leaves that to the next one.
-    """
-    sources = [example.image for example in examples]
-    drawn = isinstance(sources[0], np.ndarray)
-    if encode is None and drawn:
-        return np.concatenate([b.numpy() for b in image_batches(sources, size)])
-    known = [hashlib.md5(x).hexdigest() if drawn else [x.name, x.stat().st_size] for x in sources]
-    digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
-    path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
-    dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
-    head = npy_head((len(sources), *row), dtype)
-    bytes_a_row = math.prod(row) * np.dtype(dtype).itemsize
-    if rows_in(path, head, bytes_a_row) == len(sources):
-        return np.load(path, mmap_mode='r')
-    if path.exists():
-        print(f'{path} is made again: it is damaged or cut short')
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + '.part')
-    done = max(0, rows_in(part, head, bytes_a_row))  # rows that an interrupted run has left
-    need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
-    if need > free:
-        raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has {free / 1e9:.1f}: '
-                        'make room, or use another --cache-dir')
-    broken = broken_images(sources[done:])  # before hours of computing
-    if broken:
-        raise UserError(one_of(list(broken.values())))
-    print(f'computing {path} for {len(sources) - done} images')
-    try:
-        # Another run may be writing the same rows: no harm.
-        with open(part, 'r+b' if done else 'wb') as file:
-            file.write(head)
-            file.seek(len(head) + done * bytes_a_row)
-            for images in image_batches(sources[done:], size):
-                rows = images if encode is None else encode(images).half().cpu()
-                file.write(rows.numpy().tobytes())
-                done += len(rows)
-                if sys.stdout.isatty():
-                    print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
-                        'what is computed is kept') from None
-    try:
-        os.replace(part, path)
-    except FileNotFoundError:  # the other run was faster
-        pass
-    return np.load(path, mmap_mode='r')
-
-
-# ----------------------------------------------------------------------------------- batches
-def length_batches(lengths, batch_size, rng):
-    """Shuffled batches of captions of one length, paper section 4.3: no padding and no masks.
-
-    lengths: (N,) words of each caption; rng: numpy Generator. Returns a list of index arrays; each
-    caption is in exactly one.
-    """
-    order = rng.permutation(len(lengths))
-    order = order[np.argsort(lengths[order], kind='stable')]
-    edges = np.flatnonzero(np.diff(lengths[order])) + 1
-    batches = [part[i:i + batch_size] for part in np.split(order, edges)
-               for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def ahead(batches, read):
-    """Yield (batch, read(batch)) for each batch; a thread reads the next one meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(read, batch) for batch in batches[:1]]
-        for i, batch in enumerate(batches):
-            coming += [pool.submit(read, batch) for batch in batches[i + 1:i + 2]]
-            yield batch, coming.pop(0).result()
-
-
-def pinned(tensor, device):
-    """The tensor in memory from which a GPU can fetch it while the CPU goes on."""
-    return tensor.pin_memory() if device.type == 'cuda' else tensor
-
-
-def read_rows(array, index, device):
-    """Rows of what `cache_arrays` or `to_gpu` returns, as a tensor; index: array of integers."""
-    if isinstance(array, torch.Tensor):
-        return array[pinned(torch.from_numpy(index), device).to(device, non_blocking=True)]
-    return pinned(torch.from_numpy(array[index]), device)
-
-
-def to_gpu(array, device):
-    """The array as a tensor on the GPU where that takes at most half of its free memory."""
-    if device.type != 'cuda' or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return array
-    tensor = torch.from_numpy(array[:0].copy()).new_empty(array.shape, device=device)
-    for i in range(0, len(array), 1000):
-        tensor[i:i + 1000] = torch.from_numpy(array[i:i + 1000].copy())
-    return tensor
+        main()
+    except KeyboardInterrupt:
+        print('\nstopped', file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f'error: {error.filename or "a file"}: {error.strerror or error}', file=sys.stderr)
+        sys.exit(2)

@@ -100,6 +100,107 @@ SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=
                        dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
 
+
+# ----------------------------------------------------------------------------------------- the loss
+def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
+    """Loss of a batch (mean over its captions) and numbers for the log.
+
+    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
+    the share `expected` (s.expected) of the captions does not sample.
+    """
+    expected = s.expected if expected is None else expected
+    targets = captions[:, 1:]  # (B, T)
+    samples = s.samples if expected < 1 else 1  # where nothing is sampled one pass will do
+    if s.attn == 'hard':
+        # Each caption once for each of its samples; the captioner repeats a itself.
+        captions, targets = (x.repeat_interleave(samples, dim=0) for x in (captions, targets))
+        soft = torch.rand(len(captions), 1, device=a.device) < expected  # these do not sample
+        out = captioner(a, captions, soft=soft.expand(targets.shape))
+    else:
+        out = captioner(a, captions)
+    nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
+    log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
+    numbers = {'nll/word': -log_p_y.mean() / targets.shape[1]}
+    if s.attn == 'hard':
+        if samples > 1:  # the other samples of the same caption are its baseline
+            r = log_p_y.detach().view(-1, samples)
+            baseline = ((r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
+        loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, s.lambda_r,
+                              s.lambda_h)
+        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
+                    'entropy': entropy(out.alphas).mean() / targets.shape[1],
+                    'sampled': 1 - soft.float().mean()}
+    else:
+        loss = -log_p_y
+        if s.attn == 'soft' and s.lambda_ds:
+            loss = loss + s.lambda_ds * doubly_stochastic(out.alphas)
+    loss = loss.mean()
+    return loss, {key: value.detach() for key, value in ({'loss': loss} | numbers).items()}
+
+
+# ------------------------------------------------------------------------------- captions of images
+def annotations(encoder, rows, device):
+    """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
+    rows = rows.to(device, non_blocking=True)
+    return (rows if rows.dim() == 3 else encoder(rows)).float()
+
+
+def image_arrays(encoder, examples, s):
+    """The images as an array: features of a frozen CNN, cached; pixels for a CNN that learns."""
+    if encoder.trainable:
+        return cache_arrays(examples, encoder.image_size, s.cache_dir, 'pixels')
+    return cache_arrays(examples, encoder.image_size, s.cache_dir, encoder.key,
+                        lambda images: encoder(images.to(encoder.mean.device)),
+                        (math.prod(encoder.grid), encoder.feature_dim))
+
+
+def caption_images(captioner, encoder, images, s, others=()):
+    """The best Hypothesis for each row of `images` (cached features or pixels), in order.
+
+    others: captioners that form an ensemble with the first.
+    Rank r of W captions the images r, r + W, ..; all of them get all captions.
+    """
+    captioner.eval()
+    encoder.eval()
+    (rank, world), device, found = ranks(), next(captioner.parameters()).device, []
+    mine = np.arange(rank, len(images), world)
+    with torch.no_grad():
+        for i in range(0, len(mine), 25):
+            a = annotations(encoder, read_rows(images, mine[i:i + 25], device), device)
+            hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty, others)
+            found += [best for best, *_ in hypotheses]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
+        found = [h for group in zip_longest(*parts) for h in group if h is not None]
+    return found
+
+
+# ------------------------------------------------------------------------------------------- scores
+def reference_words(examples, s):
+    """For each image the captions that people gave it, as lists of the words that count."""
+    return [[tokenize(c, s.punctuation) for c in x.captions] for x in examples]
+
+
+def hypothesis_words(found, vocabulary, s):
+    """The model's captions likewise; where punctuation counts, each gets its full stop."""
+    stop = ['.'] if s.punctuation else []
+    return [vocabulary.decode(h.tokens) + stop for h in found]
+
+
+def pointing_rate(examples, found, vocabulary, grid):
+    """Share of object words, in per cent, at which attention lies on the object (shapes only).
+
+    None where no caption has such a word, or the model has no attention.
+    """
+    hits = nouns = 0
+    for example, h in zip(examples, found):
+        if example.objects and h.alphas is not None:
+            hit, noun = pointing(vocabulary.decode(h.tokens), h.alphas, example.objects, grid)
+            hits, nouns = hits + hit, nouns + noun
+    return 100 * hits / nouns if nouns else None
+
+
 # Table 1 of the paper: BLEU-1..4, METEOR.
 PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
          ('flickr8k', 'soft'): (67, 44.8, 29.9, 19.5, 18.93),
@@ -112,6 +213,49 @@ PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
          ('coco', 'hard'): (71.8, 50.4, 35.7, 25.0, 23.04)}
 
 
+def print_row(label, columns):
+    """One row of the table; a column that is None is a dash."""
+    print(f'{label:36}' + ''.join('        -' if x is None else f'{x:9.2f}' for x in columns))
+
+
+def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()):
+    """Caption a split, write a COCO results file, and print its row beside the paper's."""
+    began = time.time()
+    images = first_rank_first(lambda: image_arrays(encoder, examples, s))
+    found = caption_images(captioner, encoder, images, s, others)
+    if ranks()[0]:
+        return
+    references, hypotheses = reference_words(examples, s), hypothesis_words(found, vocabulary, s)
+    captions = [' '.join(vocabulary.decode(h.tokens)) for h in found]
+    for name, content in (
+            ('results', [{'image_id': x.name, 'caption': c} for x, c in zip(examples, captions)]),
+            ('references', {x.name: x.captions for x in examples})):
+        stem = f'{split}-ensemble-{name}' if others else f'{split}-{name}'
+        with open(folder / f'{stem}.json', 'w', encoding='utf-8') as file:
+            json.dump(content, file, indent=0, ensure_ascii=False)
+
+    print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, '
+          f'length penalty {s.length_penalty}, '
+          f'{"punctuation counts" if s.punctuation else "words alone"}')
+    header, row = ['B1', 'B2', 'B3', 'B4', 'METEOR'], score(references, hypotheses)
+    if s.data == 'shapes':
+        header.append('pointing')
+        row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
+    print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
+    how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
+    print_row(f'this model ({how})' if not others else f'{1 + len(others)} models ({how})', row)
+    if (s.data, s.attn) in PAPER:
+        name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
+        print_row(name, PAPER[s.data, s.attn])
+    people = human_score(references)
+    if people:
+        print_row('people, one against the others', people)
+    print(f'BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
+          f'{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK\'s with the parameters of METEOR '
+          f'1.5. {time.time() - began:.0f} s.')
+
+
+# --------------------------------------------------------------------------------- the command line
 # Settings that make the model: --resume and --eval cannot change them.
 FIXED = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
          'attn_dim', 'dropout', 'input_dropout', 'max_words', 'min_count')
@@ -148,8 +292,8 @@ def parse_settings():
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     # A run that goes on must also see the same batches in the same order.
     fixed = FIXED + (('data', 'optimizer', 'batch_size', 'seed') if args.resume else ())
-    for name in fixed if saved else ():
-        if getattr(args, name) != saved[name]:
+    for name in fixed:
+        if name in saved and getattr(args, name) != saved[name]:
             raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave the '
                             'flag out')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
@@ -175,7 +319,7 @@ def load_ensemble(paths, device, hard_decode):
     return captioner, encoder, vocabulary, others
 
 
-# ------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 def join_ranks(name):
     """Pick the device; under torchrun, meet the other processes, one GPU each. -> device
 
@@ -233,147 +377,7 @@ def mean_over_ranks(x):
     return x / world
 
 
-# ------------------------------------------------------------------------------------ scoring
-def caption_images(captioner, encoder, images, s, others=()):
-    """The best Hypothesis for each row of `images` (cached features or pixels), in order.
-
-    others: captioners that form an ensemble with the first.
-    Rank r of W captions the images r, r + W, ..; all of them get all captions.
-    """
-    captioner.eval()
-    encoder.eval()
-    (rank, world), device, found = ranks(), next(captioner.parameters()).device, []
-    mine = np.arange(rank, len(images), world)
-    with torch.no_grad():
-        for i in range(0, len(mine), 25):
-            a = annotations(encoder, read_rows(images, mine[i:i + 25], device), device)
-            hypotheses = captioner.beam_search(a, s.beam, s.max_len, s.length_penalty, others)
-            found += [best for best, *_ in hypotheses]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, found)
-        found = [h for group in zip_longest(*parts) for h in group if h is not None]
-    return found
-
-
-def image_arrays(encoder, examples, s):
-    """The images as an array: features of a frozen CNN, cached; pixels for a CNN that learns."""
-    if encoder.trainable:
-        return cache_arrays(examples, encoder.image_size, s.cache_dir, 'pixels')
-    return cache_arrays(examples, encoder.image_size, s.cache_dir, encoder.key,
-                        lambda images: encoder(images.to(encoder.mean.device)),
-                        (math.prod(encoder.grid), encoder.feature_dim))
-
-
-def annotations(encoder, rows, device):
-    """Rows of `image_arrays` -> annotation vectors a (B, L, D)."""
-    rows = rows.to(device, non_blocking=True)
-    return (rows if rows.dim() == 3 else encoder(rows)).float()
-
-
-def reference_words(examples, s):
-    """For each image the captions that people gave it, as lists of the words that count."""
-    return [[tokenize(c, s.punctuation) for c in x.captions] for x in examples]
-
-
-def hypothesis_words(found, vocabulary, s):
-    """The model's captions likewise; where punctuation counts, each gets its full stop."""
-    stop = ['.'] if s.punctuation else []
-    return [vocabulary.decode(h.tokens) + stop for h in found]
-
-
-def pointing_rate(examples, found, vocabulary, grid):
-    """Share of object words, in per cent, at which attention lies on the object (shapes only).
-
-    None where no caption has such a word, or the model has no attention.
-    """
-    hits = nouns = 0
-    for example, h in zip(examples, found):
-        if example.objects and h.alphas is not None:
-            hit, noun = pointing(vocabulary.decode(h.tokens), h.alphas, example.objects, grid)
-            hits, nouns = hits + hit, nouns + noun
-    return 100 * hits / nouns if nouns else None
-
-
-def print_row(label, columns):
-    """One row of the table; a column that is None is a dash."""
-    print(f'{label:36}' + ''.join('        -' if x is None else f'{x:9.2f}' for x in columns))
-
-
-def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()):
-    """Caption a split, write a COCO results file, and print its row beside the paper's."""
-    began = time.time()
-    images = first_rank_first(lambda: image_arrays(encoder, examples, s))
-    found = caption_images(captioner, encoder, images, s, others)
-    if ranks()[0]:
-        return
-    references, hypotheses = reference_words(examples, s), hypothesis_words(found, vocabulary, s)
-    captions = [' '.join(vocabulary.decode(h.tokens)) for h in found]
-    for name, content in (
-            ('results', [{'image_id': x.name, 'caption': c} for x, c in zip(examples, captions)]),
-            ('references', {x.name: x.captions for x in examples})):
-        stem = f'{split}-ensemble-{name}' if others else f'{split}-{name}'
-        with open(folder / f'{stem}.json', 'w', encoding='utf-8') as file:
-            json.dump(content, file, indent=0, ensure_ascii=False)
-
-    print(f'\n{s.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {s.beam}, '
-          f'length penalty {s.length_penalty}, '
-          f'{"punctuation counts" if s.punctuation else "words alone"}')
-    header, row = ['B1', 'B2', 'B3', 'B4', 'METEOR'], score(references, hypotheses)
-    if s.data == 'shapes':
-        header.append('pointing')
-        row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
-    print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
-    how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
-    print_row(f'this model ({how})' if not others else f'{1 + len(others)} models ({how})', row)
-    if (s.data, s.attn) in PAPER:
-        name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
-        print_row(name, PAPER[s.data, s.attn])
-    people = human_score(references)
-    if people:
-        print_row('people, one against the others', people)
-    print(f'BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
-          f'{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK\'s with the parameters of METEOR '
-          f'1.5. {time.time() - began:.0f} s.')
-
-
-# ------------------------------------------------------------------------------------ training
-def batch_loss(captioner, a, captions, s, baseline=0.0, expected=None):
-    """Loss of a batch (mean over its captions) and numbers for the log.
-
-    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
-    the share `expected` (s.expected) of the captions does not sample.
-    """
-    expected = s.expected if expected is None else expected
-    targets = captions[:, 1:]  # (B, T)
-    samples = s.samples if expected < 1 else 1  # where nothing is sampled one pass will do
-    if s.attn == 'hard':
-        # Each caption once for each of its samples; the captioner repeats a itself.
-        captions, targets = (x.repeat_interleave(samples, dim=0) for x in (captions, targets))
-        soft = torch.rand(len(captions), 1, device=a.device) < expected  # these do not sample
-        out = captioner(a, captions, soft=soft.expand(targets.shape))
-    else:
-        out = captioner(a, captions)
-    nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
-    log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
-    numbers = {'nll/word': -log_p_y.mean() / targets.shape[1]}
-    if s.attn == 'hard':
-        if samples > 1:  # the other samples of the same caption are its baseline
-            r = log_p_y.detach().view(-1, samples)
-            baseline = ((r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
-        loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, s.lambda_r,
-                              s.lambda_h)
-        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
-                    'entropy': entropy(out.alphas).mean() / targets.shape[1],
-                    'sampled': 1 - soft.float().mean()}
-    else:
-        loss = -log_p_y
-        if s.attn == 'soft' and s.lambda_ds:
-            loss = loss + s.lambda_ds * doubly_stochastic(out.alphas)
-    loss = loss.mean()
-    return loss, {key: value.detach() for key, value in ({'loss': loss} | numbers).items()}
-
-
+# ----------------------------------------------------------------------------------------- training
 def new_folder(s):
     """Make a run's folder without touching an older run."""
     base, number = s.name or f'{s.data}-{s.attn}', 1
