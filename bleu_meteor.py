@@ -107,6 +107,8 @@ def meteor(references, hypotheses):
         nltk.corpus.wordnet.ensure_loaded()  # also where no word needs it
         scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
                   for refs, hypothesis in zip(references, hypotheses)]
+    except TypeError:  # what was given are no lists of words
+        raise
     except Exception as error:  # no WordNet, or not all of it: NLTK has no one error for that
         print_once(f'METEOR is left out, NLTK cannot read WordNet ({type(error).__name__}): '
                    'get it with "python -m nltk.downloader wordnet", or set NLTK_DATA to a folder '

@@ -239,19 +239,23 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
-    done = max(0, rows_in(part, head, bytes_a_row))  # rows that an interrupted run has left
-    need, free = (len(sources) - done) * bytes_a_row, shutil.disk_usage(path.parent).free
-    if need > free:
-        raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has {free / 1e9:.1f}: '
-                        'make room, or use another --cache-dir')
-    broken = broken_images(sources[done:])  # before hours of computing
-    if broken:
-        raise UserError(one_of(list(broken.values())))
-    print(f'computing {path} for {len(sources) - done} images')
-    try:
-        # Another run may be writing the same rows: no harm.
-        with open(part, 'r+b' if done else 'wb') as file:
-            file.write(head)
+    part.touch()
+    # Open from here on: another run may be writing the same rows, and rename the file when done.
+    with open(part, 'r+b') as file:
+        done = rows_in(part, head, bytes_a_row)  # rows that an interrupted run has left
+        need, free = (len(sources) - max(0, done)) * bytes_a_row, shutil.disk_usage(part).free
+        if need > free:
+            raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
+                            f'{free / 1e9:.1f}: make room, or use another --cache-dir')
+        try:
+            if done < 0:
+                file.truncate(done := 0)
+                file.write(head)
+                file.flush()
+            broken = {} if drawn else broken_images(sources[done:])  # before hours of computing
+            if broken:
+                raise UserError(one_of(list(broken.values())))
+            print(f'computing {path} for {len(sources) - done} images')
             file.seek(len(head) + done * bytes_a_row)
             for images in image_batches(sources[done:], size):
                 rows = images if encode is None else encode(images).half().cpu()
@@ -261,9 +265,9 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
                     print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
-                        'what is computed is kept') from None
+        except OSError as error:
+            raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
+                            'what is computed is kept') from None
     try:
         os.replace(part, path)
     except FileNotFoundError:  # the other run was faster

@@ -9,8 +9,8 @@ Letters, the same in every file:
     B batch   L locations   D feature size   T time steps   V vocabulary
     H hidden  M embedding   A attention size K beams
 Paper symbols: a annotation vectors, alpha attention weights, beta gate, z context, h and c the
-LSTM's state, E word embedding, y words, s a sampled location. A line that changes a shape ends
-with it.
+LSTM's state, E word embedding, y words, s a sampled location (in train.py s is the settings). A
+line that changes a shape ends with it.
 """
 import hashlib
 import math
@@ -134,11 +134,17 @@ def torchvision_cnn(name, pretrained=True):
     return nn.Sequential(*layers), f'{name}-{Path(weights.url).stem}' if weights else name
 
 
+def exported_key(path):
+    """A name for the weights in a .pt2 file. Raises OSError where it cannot be read."""
+    return f'{Path(path).stem}-{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]}'
+
+
 class Encoder(nn.Module):
     """CNN that turns an image into annotation vectors a = {a_1 .. a_L}, paper section 3.1.1.
 
     name        'tiny', a torchvision classification CNN, or the path of a .pt2 file
                 (torch.export) that maps ImageNet-normalised images (B, 3, H, W) to (B, D, h, w)
+                and computes in float32; its weights may be kept as float16
     image_size  pixels; images are squares of this side
     trainable   whether the CNN learns; a frozen one stays in evaluation mode for ever
 
@@ -177,14 +183,13 @@ class Encoder(nn.Module):
         if self.trainable:
             raise UserError(f'{path}: an exported CNN cannot be trained, only used as it is')
         try:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+            key = exported_key(path)
         except OSError as error:
             raise UserError(f'cannot read the encoder {path}: {error.strerror}') from None
         if not zipfile.is_zipfile(path):
             raise UserError(f'{path} is not a file that torch.export.save wrote, or not all of it')
         try:
-            cnn = torch.export.load(path).module().float()  # its weights may be kept as float16
-            return cnn, f'{Path(path).stem}-{digest}'
+            return torch.export.load(path).module().float(), key
         except Exception as error:  # it has no error of its own for another program's zip file
             raise UserError(f'torch.export cannot load {path}: {str(error)[:100]}') from None
 
@@ -218,8 +223,8 @@ class CaptionerConfig:
     embed_dim: int = 512
     hidden_dim: int = 512
     attn_dim: int = 512
-    dropout: float = 0.5
-    input_dropout: float = 0.0
+    dropout: float = 0.5          # in the output layer
+    input_dropout: float = 0.0    # of word embeddings E y and of the features in a
     hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
 
 
@@ -338,7 +343,8 @@ class Captioner(nn.Module):
         expectation.
         """
         Ey = self.input_dropout(self.E(captions[:, :-1]))  # (B, T, M)
-        a = a * self.input_dropout(torch.ones_like(a[:, :1]))  # a feature is dropped everywhere
+        if self.training and self.config.input_dropout:  # a feature is dropped at all locations
+            a = a * self.input_dropout(torch.ones_like(a[:, :1]))  # (B, L, D)
         keys, a, state = self.start(a, len(captions) // len(a))
         h, looks = [], []
         for t, WEy in enumerate(self.cell.W(Ey).unbind(1)):  # the words' part, for all t at once
@@ -355,7 +361,10 @@ class Captioner(nn.Module):
         return Output(self.logits(Ey, h, z), alphas, betas, log_p_s)
 
     def next_word(self, words, seen):
-        """Words (B,), what `start` gave -> log p of the next (B, V), the same anew, Look."""
+        """Words (B,) just said -> log p of the next one (B, V), `seen` after it, and the Look.
+
+        seen: keys, a and the state, as `start` gives them.
+        """
         keys, a, state = seen
         Ey = self.E(words)
         state, look = self.step(self.cell.W(Ey), keys, a, state)
@@ -383,12 +392,14 @@ class Captioner(nn.Module):
         log_prob = a.new_full((B, K), -torch.inf)  # of each beam that grows
         log_prob[:, 0] = 0  # at first an image's beams are equal: only one of them may grow
         width = torch.full((B, 1), K, device=a.device)  # of each image's beam
-        live = torch.arange(B, device=a.device)  # images that still grow; from here B means these
+        live = torch.arange(B, device=a.device)  # images that still grow; below, B counts only them
         finished = []  # of each step: images, words, log_prob and looks of captions that ended
         for t in range(1, max_len + 1):
             log_ps, seen, looks = zip(*(captioner.next_word(words[:, -1], x)
                                         for captioner, x in zip(team, seen)))
-            log_p = torch.stack(log_ps).logsumexp(dim=0) - math.log(len(team))  # (B*K, V)
+            log_p = log_ps[0]  # (B*K, V)
+            if others:
+                log_p = torch.stack(log_ps).logsumexp(dim=0) - math.log(len(team))
             log_p = log_p.nan_to_num(nan=-1e4)  # a model that diverged still says something
             log_p[:, [PAD, START, UNK]] = -torch.inf
             total = (log_prob.view(-1, 1) + log_p).view(-1, K * V)  # any beam, then any word
@@ -405,7 +416,7 @@ class Captioner(nn.Module):
             finished.append((live[b], tokens, log_prob[b, k], *(x[rows[b, k]] for x in looked)))
             growing = kept & ~ended
             going = growing.any(dim=1).nonzero().squeeze(1)
-            if not len(going):
+            if not len(going) or t == max_len:
                 break
             width = width - ended.sum(dim=1, keepdim=True)
             log_prob = log_prob.masked_fill(~growing, -torch.inf)
@@ -424,7 +435,7 @@ class Captioner(nn.Module):
         """What a beam search collected -> for each of B images its Hypotheses, best first."""
         found = [[] for _ in range(B)]
         for images, tokens, log_probs, *looks in finished:
-            looks = [x.cpu().numpy() for x in looks] or [[None] * len(images)] * 2
+            looks = [x.float().cpu().numpy() for x in looks] or [[None] * len(images)] * 2
             for image, *parts in zip(images.tolist(), tokens[:, 1:].tolist(), log_probs.tolist(),
                                      *looks):
                 found[image].append(Hypothesis(*parts))
@@ -439,9 +450,10 @@ FORMAT = 'show-attend-tell 1'
 def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, **training):
     """Write one file with all that captioning needs, and whatever `training` adds for resuming.
 
-    settings is a dictionary of numbers and strings. With `half` weights are written as float16:
-    half the bytes, and the captions are the same. The weights of a frozen encoder are not
-    written: torchvision has them, and a .pt2 file is found where it was or beside the checkpoint.
+    settings is a dictionary of numbers and strings. With `half` the matrices and filters are
+    written as float16: half the bytes, and now and then a near tie of two captions falls the other
+    way. The weights of a frozen encoder are not written: torchvision has them, and a .pt2 file is
+    looked for where it was, beside the checkpoint, and in pretrained/.
     The file is written under another name and then renamed, so it is never half there. Raises
     UserError where it cannot be written.
     """
@@ -449,7 +461,7 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, 
     part = path.with_name(path.name + '.part')
 
     def weights(module):
-        return {name: x.half() if half and x.is_floating_point() else x
+        return {name: x.half() if half and x.is_floating_point() and x.dim() in (2, 4) else x
                 for name, x in module.state_dict().items()}
     content = {'format': FORMAT, 'config': asdict(captioner.config),
                'captioner': weights(captioner), 'words': vocabulary.words,
@@ -505,11 +517,16 @@ def load_checkpoint(path, device='cpu', hard_decode=None):
     checkpoint = read_checkpoint(path)
     name, size, key, weights = (checkpoint['encoder'][k]
                                 for k in ('name', 'image_size', 'key', 'weights'))
-    if name.endswith('.pt2') and not Path(name).exists():
-        name = str(Path(path).with_name(Path(name).name))
+    if name.endswith('.pt2'):
+        places = [Path(name), Path(path).with_name(Path(name).name),
+                  Path(__file__).with_name('pretrained') / Path(name).name]
+        name = next((str(p) for p in places if p.is_file() and exported_key(p) == key), None)
+        if name is None:
+            raise UserError(f'{path} was trained with the encoder {key}, and {places[0]} is not '
+                            'there or another one: put the right one beside the checkpoint')
     encoder = Encoder(name, size, trainable=weights is not None, pretrained=weights is None)
     if weights is None and encoder.key != key:
-        raise UserError(f'{name} is not the encoder that {path} was trained with')
+        raise UserError(f'{name} has other weights than those that {path} was trained with')
     if weights is not None:
         encoder.load_state_dict(weights)
     captioner = Captioner(CaptionerConfig(**checkpoint['config']))

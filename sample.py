@@ -75,9 +75,16 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
 
 
 def newest_checkpoint():
-    """The best.pt that was written last below runs/, or the model that comes with this file."""
+    """The best.pt that was written last below runs/, or the model that comes with this file.
+
+    Raises UserError where there is neither.
+    """
     found = sorted(Path('runs').glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else Path(__file__).with_name('pretrained') / 'soft.pt'
+    path = found[-1] if found else Path(__file__).with_name('pretrained') / 'soft.pt'
+    if not path.exists():
+        raise UserError(f'there is no trained model in runs/, and no {path}: train one with '
+                        '"python train.py", or name one with --checkpoint')
+    return path
 
 
 def image_paths(names):

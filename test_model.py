@@ -964,6 +964,41 @@ def test_an_interrupted_feature_cache_is_taken_up_again(tmp_path, monkeypatch):
         data.cache_arrays(examples, 16, tmp_path, 'other', encode, (1, 3))
 
 
+def test_a_run_that_stops_leaves_the_rows_of_another_one_alone(tmp_path, monkeypatch):
+    """Two runs begin at once; one stops when the other has written its first rows."""
+    pixels = np.random.default_rng(0).integers(1, 256, (96, 16, 16, 3), dtype=np.uint8)
+    paths = [tmp_path / f'{i}.png' for i in range(96)]
+    for path, x in zip(paths, pixels):
+        Image.fromarray(x).save(path)
+    examples, calls = [data.Example(path, []) for path in paths], []
+    begun, stopped = threading.Event(), threading.Event()
+
+    def encode(images):
+        calls.append(len(images))
+        if len(calls) == 2:  # the first rows are written
+            begun.set()
+            stopped.wait(20)
+        return images.float().mean(dim=(2, 3)).repeat(1, 500).unsqueeze(1)  # 96 kB a batch
+
+    def interrupted(images):
+        raise KeyboardInterrupt
+    arguments = examples, 16, tmp_path / 'cache', 'mean'
+    really_broken = data.broken_images
+    with ThreadPoolExecutor(1) as pool:
+        def meanwhile(paths):
+            monkeypatch.setattr(data, 'broken_images', really_broken)
+            others.append(pool.submit(data.cache_arrays, *arguments, encode, (1, 1500)))
+            begun.wait(20)
+            return {}
+        others = []
+        monkeypatch.setattr(data, 'broken_images', meanwhile)
+        with pytest.raises(KeyboardInterrupt):
+            data.cache_arrays(*arguments, interrupted, (1, 1500))
+        stopped.set()
+        features = others[0].result()
+    np.testing.assert_allclose(features[:, 0, :3], pixels.mean(axis=(1, 2)), rtol=2e-3)
+
+
 # ----------------------------------------------------------------------- encoders and checkpoints
 @pytest.mark.parametrize('name, dim, grid', [
     ('vgg11', 512, (14, 14)), ('resnet18', 512, (7, 7)), ('densenet121', 1024, (7, 7)),
@@ -1258,6 +1293,17 @@ def test_eval_and_the_score_command_agree(trained):
     assert line.split()[3:] == row.split()[4:8] and float(line.split()[3]) > 0
 
 
+def test_an_ensemble_is_scored(trained):
+    folder, _ = trained
+    shutil.copytree(HERE / 'pretrained', folder / 'models')  # results are written beside the first
+    result = run('train.py', '--eval', 'models/soft.pt', 'models/hard.pt', '--data-dir', 'd',
+                 cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert '2 models (hard and soft attention) ' in result.stdout
+    assert 'the paper' not in result.stdout.split('METEOR')[1]  # it has no such row
+    assert json.loads((folder / 'models' / 'test-ensemble-results.json').read_text())
+
+
 @pytest.mark.parametrize('attn, score, cell', [
     ('soft', 'additive', 'lstm'), ('soft', 'dot', 'lstm'), ('hard', 'additive', 'lstm'),
     ('none', 'additive', 'lstm'), ('soft', 'additive', 'rnn'), ('none', 'additive', 'rnn')])
@@ -1500,6 +1546,7 @@ FAULTS = {
     "another program's": ({BEST: saved(w=torch.ones(2))}, EVAL, "this program reads 'show-att"),
     'another version': ({BEST: saved(format='show-attend-tell 9')}, EVAL, "format 'show-attend-te"),
     'code': ({BEST: saved(format=Code())}, EVAL, 'best.pt holds more than weights.*is not loaded'),
+    'an ensemble of CNNs that learned': ({}, [*EVAL, BEST], 'whole/best.pt are no ensemble: that'),
     'no words': ({}, [*TRAIN, '--min-count', '99'], 'no word occurs 99 times.*--min-count'),
     'no beam': ({}, [*EVAL, '--beam', '0'], '--beam must be at least 1'),
     'too wide a beam': ({}, [*TRAIN, '--beam', '99'], '--beam 99: it must be from 1 to'),

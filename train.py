@@ -82,7 +82,7 @@ class Settings:
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
     epochs: int = setting(10, 'epochs at most')
-    patience: int = setting(3, 'stop after this many epochs without a better validation BLEU-4')
+    patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
     amp: bool = setting(False, 'compute in bfloat16 where that is safe (torch.autocast)')
@@ -242,9 +242,10 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()
         header.append('pointing')
         row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
     print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
-    how = f'hard attention, {s.hard_decode}' if s.attn == 'hard' else f'{s.attn} attention'
+    kinds = {model.config.attn for model in (captioner, *others)}
+    how = ' and '.join(sorted(kinds)) + ' attention' + f', {s.hard_decode}' * (kinds == {'hard'})
     print_row(f'this model ({how})' if not others else f'{1 + len(others)} models ({how})', row)
-    if (s.data, s.attn) in PAPER:
+    if (s.data, s.attn) in PAPER and len(kinds) == 1:
         name = 'the paper (Google NIC)' if s.attn == 'none' else 'the paper'
         print_row(name, PAPER[s.data, s.attn])
     people = human_score(references)
@@ -269,8 +270,9 @@ def parse_settings():
             'type': f.type, 'choices': f.metadata['choices']}
         parser.add_argument('--' + f.name.replace('_', '-'), default=f.default, **kind,
                             help=f'{f.metadata["help"]} [%(default)s]')
-    parser.add_argument('--resume', metavar='RUN', nargs=1, help='folder of a run to go on with')
-    parser.add_argument('--eval', metavar='RUN', nargs='+',
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('--resume', metavar='RUN', nargs=1, help='folder of a run to go on with')
+    either.add_argument('--eval', metavar='RUN', nargs='+',
                         help='folder of a run (or checkpoint) to score; of several: their ensemble')
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
                         help='split that --eval scores [%(default)s]')
@@ -280,7 +282,8 @@ def parse_settings():
         parser.set_defaults(**SHAPES_DEFAULTS)
     saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        saved = read_checkpoint(checkpoints_of(first)[0])['settings']
+        saved = {'input_dropout': 0.0}  # older runs have none
+        saved |= read_checkpoint(checkpoints_of(first)[0])['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
     for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
@@ -306,12 +309,17 @@ def checkpoints_of(args):
 
 
 def load_ensemble(paths, device, hard_decode):
-    """Checkpoints -> the first's captioner, encoder and vocabulary, and the other captioners."""
+    """Checkpoints -> the first's captioner, encoder and vocabulary, and the other captioners.
+
+    hard_decode is that of the first, and of the others if the first has hard attention.
+    Raises UserError if they cannot speak together.
+    """
     captioner, encoder, vocabulary, _ = load_checkpoint(paths[0], device, hard_decode)
     others = []
     for path in paths[1:]:
-        other, its_encoder, its_vocabulary, _ = load_checkpoint(path, device, hard_decode)
-        same_images = (its_encoder.key, its_encoder.grid) == (encoder.key, encoder.grid)
+        other, its_encoder, its_vocabulary, _ = load_checkpoint(
+            path, device, hard_decode if captioner.config.attn == 'hard' else None)
+        same_images = (its_encoder.key, its_encoder.image_size) == (encoder.key, encoder.image_size)
         if encoder.trainable or not same_images or its_vocabulary.words != vocabulary.words:
             raise UserError(f'{path} and {paths[0]} are no ensemble: that takes one frozen encoder '
                             'and one vocabulary')
@@ -429,7 +437,7 @@ def precision(s, device):
 
 
 def draw_validation(path, examples, found, vocabulary, grid):
-    """Attention on a few validation images, one below the other; without them a run goes on."""
+    """Attention on a few validation images, one below the other, or a line if one is broken."""
     try:
         pictures = [open_image(x.image) for x in examples]
     except UserError as error:
@@ -476,6 +484,7 @@ def main():
     check_beam(s.beam, vocabulary)
     if s.compile:
         compile_step(captioner, math.prod(encoder.grid), s, device)
+    # The learning rate itself is set before every step.
     groups = [{'params': list(captioner.parameters()), 'first_lr': s.lr}]
     if encoder.trainable:
         groups.append({'params': list(encoder.parameters()), 'first_lr': s.encoder_lr})
