@@ -61,11 +61,10 @@ class Settings:
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
     finetune_from: int = setting(0, 'epochs before the CNN begins to learn')
     image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
-    embed_dim: int = setting(256, 'size of word embeddings')
+    embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
-    attn_dim: int = setting(256, 'size of the attention layer')
+    attn_dim: int = setting(512, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer')
-    input_dropout: float = setting(0.3, 'share dropped of word embeddings and image features')
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(4, 'vocabulary: words seen at least this often')
     # loss
@@ -81,7 +80,7 @@ class Settings:
     lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(10, 'epochs at most')
+    epochs: int = setting(8, 'epochs at most')
     patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
@@ -97,8 +96,8 @@ class Settings:
 
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
-                       dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
-                       batch_size=100, epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
+                       dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100,
+                       epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -259,7 +258,7 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()
 # --------------------------------------------------------------------------------- the command line
 # Settings that make the model: --resume and --eval cannot change them.
 FIXED = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
-         'attn_dim', 'dropout', 'input_dropout', 'max_words', 'min_count')
+         'attn_dim', 'dropout', 'max_words', 'min_count')
 
 
 def parse_settings():
@@ -282,21 +281,20 @@ def parse_settings():
         parser.set_defaults(**SHAPES_DEFAULTS)
     saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        saved = {'input_dropout': 0.0}  # older runs have none
-        saved |= read_checkpoint(checkpoints_of(first)[0])['settings']
+        saved = read_checkpoint(checkpoints_of(first)[0])['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
     for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
-    if not (0 <= args.dropout < 1 and 0 <= args.input_dropout < 1):
-        raise UserError('--dropout and --input-dropout must be from 0 to below 1')
+    if not 0 <= args.dropout < 1:
+        raise UserError('--dropout must be from 0 to below 1')
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     # A run that goes on must also see the same batches in the same order.
     fixed = FIXED + (('data', 'optimizer', 'batch_size', 'seed') if args.resume else ())
-    for name in fixed:
-        if name in saved and getattr(args, name) != saved[name]:
+    for name in fixed if saved else ():
+        if getattr(args, name) != saved[name]:
             raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave the '
                             'flag out')
     return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}), args
@@ -407,8 +405,7 @@ def build(s, captions, device):
                         'none to learn: use a lower --min-count')
     encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
-                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout,
-                             s.input_dropout, s.hard_decode)
+                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode)
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
