@@ -204,13 +204,10 @@ def npy_head(shape, dtype):
     return head.getvalue()
 
 
-def rows_in(path, head, bytes_a_row):
-    """How many whole rows a file has after this head; -1 if it is not there or begins otherwise."""
-    if not path.exists():
-        return -1
-    with open(path, 'rb') as file:
-        same_head = file.read(len(head)) == head
-    return (path.stat().st_size - len(head)) // bytes_a_row if same_head else -1
+def rows_in(file, head, bytes_a_row):
+    """How many whole rows an open file has after this head; -1 if it begins otherwise."""
+    same_head = file.read(len(head)) == head
+    return (file.seek(0, os.SEEK_END) - len(head)) // bytes_a_row if same_head else -1
 
 
 def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
@@ -232,9 +229,10 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
     head = npy_head((len(sources), *row), dtype)
     bytes_a_row = math.prod(row) * np.dtype(dtype).itemsize
-    if rows_in(path, head, bytes_a_row) == len(sources):
-        return np.load(path, mmap_mode='r')
     if path.exists():
+        with open(path, 'rb') as file:
+            if rows_in(file, head, bytes_a_row) == len(sources):
+                return np.load(path, mmap_mode='r')
         print(f'{path} is made again: it is damaged or cut short')
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,14 +240,15 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     part.touch()
     # Open from here on: another run may be writing the same rows, and rename the file when done.
     with open(part, 'r+b') as file:
-        done = rows_in(part, head, bytes_a_row)  # rows that an interrupted run has left
+        done = rows_in(file, head, bytes_a_row)  # rows that an interrupted run has left
         need, free = (len(sources) - max(0, done)) * bytes_a_row, shutil.disk_usage(part).free
         if need > free:
             raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
                             f'{free / 1e9:.1f}: make room, or use another --cache-dir')
         try:
             if done < 0:
-                file.truncate(done := 0)
+                done = file.seek(0)
+                file.truncate()
                 file.write(head)
                 file.flush()
             broken = {} if drawn else broken_images(sources[done:])  # before hours of computing
