@@ -225,6 +225,7 @@ class CaptionerConfig:
     attn_dim: int = 512
     dropout: float = 0.5          # in the output layer
     hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
+    input_dropout: float = 0.0    # of word embeddings E y and of the features in a
 
 
 class Output(NamedTuple):
@@ -278,6 +279,7 @@ class Captioner(nn.Module):
         self.L_h = nn.Linear(c.hidden_dim, c.embed_dim)  # L_h, L_z, L_o: eq. (7)
         self.L_o = nn.Linear(c.embed_dim, c.vocab_size)
         self.dropout = nn.Dropout(c.dropout)
+        self.input_dropout = nn.Dropout(c.input_dropout)
 
     def start(self, a, copies=1):
         """Annotation vectors a (B, L, D) -> keys (B, L, A), a, and the first state (h, c).
@@ -340,7 +342,9 @@ class Captioner(nn.Module):
         mode and follow config.hard_decode in evaluation mode. Where soft (B, T) is true, z is the
         expectation.
         """
-        Ey = self.E(captions[:, :-1])  # (B, T, M)
+        Ey = self.input_dropout(self.E(captions[:, :-1]))  # (B, T, M)
+        if self.training and self.config.input_dropout:  # a feature is dropped at all locations
+            a = a * self.input_dropout(torch.ones_like(a[:, :1]))  # (B, L, D)
         keys, a, state = self.start(a, len(captions) // len(a))
         h, looks = [], []
         for t, WEy in enumerate(self.cell.W(Ey).unbind(1)):  # the words' part, for all t at once

@@ -65,6 +65,7 @@ class Settings:
     hidden_dim: int = setting(512, 'size of the recurrent state')
     attn_dim: int = setting(512, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer')
+    input_dropout: float = setting(0.0, 'share dropped of word embeddings and image features')
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(4, 'vocabulary: words seen at least this often')
     # loss
@@ -258,7 +259,7 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()
 # --------------------------------------------------------------------------------- the command line
 # Settings that make the model: --resume and --eval cannot change them.
 FIXED = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
-         'attn_dim', 'dropout', 'max_words', 'min_count')
+         'attn_dim', 'dropout', 'input_dropout', 'max_words', 'min_count')
 
 
 def parse_settings():
@@ -281,14 +282,15 @@ def parse_settings():
         parser.set_defaults(**SHAPES_DEFAULTS)
     saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        saved = read_checkpoint(checkpoints_of(first)[0])['settings']
+        saved = {'input_dropout': 0.0}  # of older runs
+        saved |= read_checkpoint(checkpoints_of(first)[0])['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
     for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
-    if not 0 <= args.dropout < 1:
-        raise UserError('--dropout must be from 0 to below 1')
+    if not (0 <= args.dropout < 1 and 0 <= args.input_dropout < 1):
+        raise UserError('--dropout and --input-dropout must be from 0 to below 1')
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     # A run that goes on must also see the same batches in the same order.
@@ -405,7 +407,8 @@ def build(s, captions, device):
                         'none to learn: use a lower --min-count')
     encoder = Encoder(s.encoder, s.image_size, trainable=s.finetune or s.encoder == 'tiny')
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, s.attn, s.score, s.cell,
-                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode)
+                             s.embed_dim, s.hidden_dim, s.attn_dim, s.dropout, s.hard_decode,
+                             s.input_dropout)
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
