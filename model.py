@@ -144,7 +144,8 @@ class Encoder(nn.Module):
 
     name        'tiny', a torchvision classification CNN, or the path of a .pt2 file
                 (torch.export) that maps ImageNet-normalised images (B, 3, H, W) to (B, D, h, w)
-                and computes in float32; its weights may be kept as float16
+                and computes in float32; its weights may be kept as float16. Where it learns, its
+                batch normalisation stays as it was exported
     image_size  pixels; images are squares of this side
     trainable   whether the CNN learns; a frozen one stays in evaluation mode for ever
 
@@ -180,8 +181,6 @@ class Encoder(nn.Module):
 
     def load_exported(self, path):
         """The CNN in a .pt2 file and a name for its weights."""
-        if self.trainable:
-            raise UserError(f'{path}: an exported CNN cannot be trained, only used as it is')
         try:
             key = exported_key(path)
         except OSError as error:

@@ -1077,6 +1077,28 @@ def test_an_exported_encoder():
     assert not encoder(images).requires_grad
 
 
+def test_an_exported_encoder_learns_and_is_kept(tmp_path):
+    torch.manual_seed(0)
+    cnn = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.BatchNorm2d(8))
+    cnn[1].running_mean.normal_()
+    cnn.eval()
+    dynamic = ({0: torch.export.Dim('B')},)
+    torch.export.save(torch.export.export(cnn, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=dynamic),
+                      tmp_path / 'cnn.pt2')
+    encoder = Encoder(tmp_path / 'cnn.pt2', 32, trainable=True).train()
+    images = torch.rand(3, 3, 32, 32)
+    before = encoder(images)
+    before.square().sum().backward()
+    cnn((images - encoder.mean) / encoder.std).square().sum().backward()
+    for name, p in cnn.named_parameters():  # the gradient of the network that was exported
+        torch.testing.assert_close(encoder.cnn.get_parameter(name).grad, p.grad)
+    torch.optim.SGD(encoder.parameters(), lr=0.1).step()
+    save_checkpoint(tmp_path / 'a.pt', tiny_captioner(D=8), encoder, Vocabulary(['a'] * 8), {})
+    again = load_checkpoint(tmp_path / 'a.pt')[1]
+    torch.testing.assert_close(again(images), encoder(images))
+    assert not torch.allclose(again(images), before, atol=1e-2)
+
+
 def test_an_encoder_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
     (tmp_path / 'text.pt2').write_text('hello')
     torch.save({}, tmp_path / 'zip.pt2')
