@@ -283,7 +283,8 @@ class Captioner(nn.Module):
     def start(self, a, copies=1):
         """Annotation vectors a (B, L, D) -> keys (B, L, A), a, and the first state (h, c).
 
-        Each image is repeated `copies` times in a row, once for each of its captions or beams.
+        h and c (copies * B, H) have `copies` rows in turn for each image, one for each of its
+        captions or beams.
         """
         mean = a.mean(dim=1)  # (B, D)
         if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
@@ -295,9 +296,7 @@ class Captioner(nn.Module):
             h = torch.tanh(self.f_init_h(mean)).to(a.dtype)
             c = torch.tanh(self.f_init_c(mean)).to(a.dtype)
             a = a.to(keys.dtype)
-        if copies > 1:
-            keys, a, h, c = (x.repeat_interleave(copies, dim=0) for x in (keys, a, h, c))
-        return keys, a, (h, c)
+        return keys, a, tuple(x.repeat_interleave(copies, dim=0) for x in (h, c))
 
     def step(self, WEy, keys, a, state, s=None, soft=None):
         """One word: look at the image with h_{t-1}, then move the LSTM on.
@@ -385,7 +384,7 @@ class Captioner(nn.Module):
             raise ValueError('beam_size and max_len must be at least 1')
         B, K, V = len(a), beam_size, self.config.vocab_size
         team = [self, *others]
-        seen = [captioner.start(a, K) for captioner in team]  # row b * K + k: beam k of image b
+        seen = [captioner.start(a, K) for captioner in team]  # its row b * K + k: image b, beam k
         words = a.new_full((B * K, 1), START, dtype=torch.long)  # (B*K, t) of each beam so far
         looked = []  # alphas (B*K, t, L) and betas (B*K, t), likewise
         log_prob = a.new_full((B, K), -torch.inf)  # of each beam that grows
@@ -422,7 +421,7 @@ class Captioner(nn.Module):
             if len(going) <= len(live) / 2:  # copying pays when half of the images have finished
                 live, rows, word, log_prob, width = (
                     x[going] for x in (live, rows, word, log_prob, width))
-                seen = [(keys[rows.flatten()], a[rows.flatten()], state) for keys, a, state in seen]
+                seen = [(keys[going], a[going], state) for keys, a, state in seen]
             rows = rows.flatten()  # each beam goes on from its parent; an image has one a for all
             words = torch.cat([words[rows], word.view(-1, 1)], dim=1)
             looked = [x[rows] for x in looked]

@@ -37,8 +37,8 @@ from torch.nn import functional as F
 import bleu_meteor
 import data
 import train
-from attention import (BahdanauAttention, DotAttention, doubly_stochastic, entropy, hard_context,
-                       reinforce_loss, soft_context)
+from attention import (BahdanauAttention, DotAttention, ExpKeys, additive_score,
+                       doubly_stochastic, entropy, hard_context, reinforce_loss, soft_context)
 from bleu_meteor import bleu, human_score, meteor, tokenize
 from data import END, PAD, START, UNK, UserError, Vocabulary
 from model import (Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, load_checkpoint,
@@ -107,15 +107,39 @@ def test_additive_attention_is_bahdanaus_formula():
             assert float(alpha[b, i]) == pytest.approx(math.exp(e[i]) / total, abs=1e-6)
 
 
-def test_additive_attentions_gradient_by_hand_equals_autograds():
+@pytest.mark.parametrize('n', [1, 2])  # captions that look at one image
+def test_additive_attentions_gradient_by_hand_equals_autograds(n):
+    """Over two words, and with arrays so large that images are scored one after the other."""
     torch.manual_seed(0)
-    attention = BahdanauAttention(5, 7, 4).double()
-    a, h = torch.randn(2, 3, 5).double(), torch.randn(2, 7).double().requires_grad_()
-    e = attention.v(torch.tanh(attention.W_a(a) + attention.W_h(h).unsqueeze(1))).squeeze(2)
-    weights, pull = [h, *attention.parameters()], torch.randn(2, 3).double()
-    expected = torch.autograd.grad((torch.softmax(e, dim=1) * pull).sum(), weights)
-    alpha = attention(attention.project(a), h)
-    torch.testing.assert_close(torch.autograd.grad((alpha * pull).sum(), weights), expected)
+    B, L, A = 3, 300, 1000
+    attention = BahdanauAttention(5, 7, A).double()
+    a = torch.randn(B, L, 5).double()
+    hs = [torch.randn(n * B, 7).double().requires_grad_() for _ in range(2)]
+    weights, pull = [*hs, *attention.parameters()], torch.randn(n * B, L).double()
+
+    def gradient(alphas):
+        return torch.autograd.grad(((alphas[0] + 2 * alphas[1]) * pull).sum(), weights)
+    e = [attention.v(torch.tanh(attention.W_a(a).repeat_interleave(n, dim=0)
+                                + attention.W_h(h).unsqueeze(1))).squeeze(2) for h in hs]
+    expected = [torch.softmax(x, dim=1) for x in e]
+    keys = attention.project(a)
+    alphas = [attention(keys, h) for h in hs]
+    torch.testing.assert_close(alphas, expected)
+    expected = gradient(expected)
+    torch.testing.assert_close(gradient(alphas), expected)
+    # Keys that were copied have the same gradient, which then comes through autograd.
+    copies = attention.project(a).repeat_interleave(n, dim=0)
+    torch.testing.assert_close(gradient([attention(copies, h) for h in hs]), expected)
+
+
+def test_additive_scores_of_any_size():
+    """tanh(x) by a product of exponentials: exact, and finite beyond float32's exponentials."""
+    keys, query = torch.linspace(-200, 200, 41).view(1, 41, 1), torch.tensor([[-30.0], [0.0], [30]])
+    keys.requires_grad_()
+    e = additive_score(ExpKeys.apply(keys), query, torch.ones(1))  # (3, 41)
+    expected = torch.tanh(keys.detach()[:, :, 0] + query)
+    torch.testing.assert_close(e + 1, expected, atol=1e-6, rtol=1e-6)
+    assert torch.autograd.grad(e.sum(), keys)[0].isfinite().all()
 
 
 def test_dot_attention_equals_torchs_scaled_dot_product():
