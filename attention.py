@@ -130,7 +130,8 @@ def additive_score(exp_keys, query, v):
     so that no word costs an exponential for each location. The sum of v is the same for every
     location and falls out of the softmax.
     """
-    exp_query = query.clamp(-40, 40).mul(2).exp().view(len(exp_keys), -1, 1, query.shape[1])
+    exp_query = query.clamp(-40, 40).mul(2).exp().to(exp_keys.dtype)  # CUDA's autocast widens exp
+    exp_query = exp_query.view(len(exp_keys), -1, 1, query.shape[1])  # (B, n, 1, A)
     by_hand = hasattr(exp_keys.grad_fn, 'total') or not exp_keys.requires_grad
     if torch.compiler.is_compiling() or not by_hand:  # a compiler does better what follows
         return -2 * ((1 + exp_keys.unsqueeze(1) * exp_query).reciprocal() @ v).flatten(0, 1)
@@ -172,9 +173,9 @@ class AdditiveScore(torch.autograd.Function):
 
     @staticmethod
     def blocks(exp_keys, exp_query):
-        """Slices of the images, each with r (b, n, L, A) of about 2 MB; on a GPU all at once."""
+        """Slices of the images, each with r (b, n, L, A) of about 4 MB; on a GPU all at once."""
         B, L, A = exp_keys.shape
-        b = max(1, 2 ** 19 // (exp_query.shape[1] * L * A)) if exp_keys.is_cpu else max(1, B)
+        b = max(1, 2 ** 20 // (exp_query.shape[1] * L * A)) if exp_keys.is_cpu else max(1, B)
         one = exp_keys.new_ones(())
         for i in range(0, B, b):
             block = slice(i, i + b)
@@ -199,8 +200,8 @@ class AdditiveScore(torch.autograd.Function):
         With x = key + query: d tanh(x)/dx = 4 (r - r^2).
         """
         exp_keys, exp_query, v = ctx.saved_tensors
-        B, n, _, A = exp_query.shape
-        de = de.view(B, n, 1, -1)  # (B, n, 1, L)
+        B, n = exp_query.shape[:2]
+        de = de.reshape(B, n, 1, -1)  # (B, n, 1, L)
         sum_r, dquery = torch.empty_like(exp_query), torch.empty_like(exp_query)
         learn_keys = ctx.needs_input_grad[0]
         if learn_keys and ctx.keys.total is None:

@@ -1295,6 +1295,25 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     captioner(torch.zeros(2, 4, captioner.config.feature_dim), torch.zeros(2, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize('attn', ['soft', 'hard'])
+def test_a_compiled_step_has_the_same_gradient(monkeypatch, attn):
+    """Traced and differentiated by the compiler, but run as it is: that takes no C++ compiler."""
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))
+    captioner = tiny_captioner(attn=attn, dropout=0.0)
+    a, captions = torch.randn(6, 4, captioner.config.feature_dim), torch.randint(4, 9, (6, 5))
+    s = torch.randint(0, 4, (6, 4)) if attn == 'hard' else None
+
+    def gradient():
+        out = captioner(a, captions, s=s)
+        seen = out.alphas if s is None else out.log_p_s
+        loss = out.logits.log_softmax(2)[:, :, 4:].sum() + seen.square().sum()
+        return torch.autograd.grad(loss, list(captioner.parameters()))
+    plain, step = gradient(), captioner.step
+    train.compile_step(captioner, 4, Settings(), torch.device('cpu'))
+    assert captioner.step != step
+    torch.testing.assert_close(gradient(), plain)
+
+
 def test_batches_are_read_ahead_in_order():
     begun = []
     for i, (batch, rows) in enumerate(data.ahead([3, 1, 2], lambda x: begun.append(x) or x * 10)):
