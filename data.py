@@ -696,7 +696,7 @@ def keep_memory():
     """Let Linux programs keep the memory of arrays that are freed, for the next ones.
 
     By default large arrays go back to the system at once and come again as empty pages, one fault
-    for every 4 kB, which takes a CNN on a CPU longer than its arithmetic may.
+    for every 4 kB: a CNN on a CPU can spend more time on those than on its arithmetic.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):  # glibc has it

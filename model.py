@@ -301,21 +301,22 @@ class Captioner(nn.Module):
     def step(self, WEy, keys, a, state, s=None, soft=None):
         """One word: look at the image with h_{t-1}, then move the LSTM on.
 
-        WEy (B, gates * H) is W E y_{t-1} + b, the word's part of eq. (1); keys and a as in
-        `start`. s and soft are hard attention's choice, see `hard_context`.
+        WEy (N, gates * H) is W E y_{t-1} + b, the word's part of eq. (1), for N = copies * B
+        captions; keys and a as in `start`. s and soft are hard attention's choice, see
+        `hard_context`.
         Returns the new state and the Look (None with attn='none').
         """
         if self.config.attn == 'none':
             return self.cell.step(WEy, state), None
         h = state[0]
-        alpha = self.attention(keys, h)  # (B, L)
+        alpha = self.attention(keys, h)  # (N, L)
         evaluating = not self.training and s is None  # then nothing is drawn at random
         if self.config.attn == 'soft' or (evaluating and self.config.hard_decode == 'expected'):
-            z, log_p_s = soft_context(alpha, a), None  # (B, D)
+            z, log_p_s = soft_context(alpha, a), None  # (N, D)
         else:
             s = alpha.argmax(dim=1) if evaluating else s  # where it is None one is sampled
             z, log_p_s = hard_context(alpha, a, s, soft)
-        beta = torch.sigmoid(self.f_beta(h))  # (B, 1), section 4.2.1
+        beta = torch.sigmoid(self.f_beta(h))  # (N, 1), section 4.2.1
         z = beta * z
         state = self.cell.step(WEy + self.W_z(z), state)
         return state, Look(z, alpha, beta.squeeze(1), log_p_s)
