@@ -1107,8 +1107,8 @@ def test_an_exported_encoder_learns_and_is_kept(tmp_path):
     cnn[1].running_mean.normal_()
     cnn.eval()
     dynamic = ({0: torch.export.Dim('B')},)
-    torch.export.save(torch.export.export(cnn, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=dynamic),
-                      tmp_path / 'cnn.pt2')
+    program = torch.export.export(cnn, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=dynamic)
+    torch.export.save(program, tmp_path / 'cnn.pt2')
     encoder = Encoder(tmp_path / 'cnn.pt2', 32, trainable=True).train()
     images = torch.rand(3, 3, 32, 32)
     before = encoder(images)
