@@ -452,7 +452,7 @@ def test_wide_beam_equals_exhaustive_search():
         for sentence in sentences:
             out = captioner(a[n:n + 1], torch.tensor([[START] + sentence]))
             log_p = out.logits.log_softmax(2)[0, torch.arange(len(sentence)), sentence]
-            scores[tuple(sentence)] = float(log_p.sum())
+            scores[tuple(sentence)] = log_p.sum().item()
         ended = [h for h in found[n] if h.tokens[-1] == END]
         assert [tuple(h.tokens) for h in ended] == sorted(scores, key=scores.get, reverse=True)
         assert [h.log_prob for h in ended] == pytest.approx(sorted(scores.values(), reverse=True),
