@@ -203,7 +203,8 @@ class AdditiveScore(torch.autograd.Function):
         B, n = exp_query.shape[:2]
         de = de.reshape(B, n, 1, -1)  # (B, n, 1, L)
         sum_r, dquery = torch.empty_like(exp_query), torch.empty_like(exp_query)
-        learn_keys = ctx.needs_input_grad[0]
+        # Not where the gradient of keys is not asked for: nobody would fetch the sum.
+        learn_keys = bool(ctx.keys) and torch._C._will_engine_execute_node(ctx.keys)
         if learn_keys and ctx.keys.total is None:
             ctx.keys.total = torch.zeros_like(exp_keys)
         for block, r in AdditiveScore.blocks(exp_keys, exp_query):

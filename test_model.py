@@ -111,7 +111,7 @@ def test_additive_attention_is_bahdanaus_formula():
 def test_additive_attentions_gradient_by_hand_equals_autograds(n):
     """Over two words, and with arrays so large that images are scored one after the other."""
     torch.manual_seed(0)
-    B, L, A = 3, 300, 1000
+    B, L, A = 3, 600, 1000
     attention = BahdanauAttention(5, 7, A).double()
     a = torch.randn(B, L, 5).double()
     hs = [torch.randn(n * B, 7).double().requires_grad_() for _ in range(2)]
@@ -126,6 +126,7 @@ def test_additive_attentions_gradient_by_hand_equals_autograds(n):
     alphas = [attention(keys, h) for h in hs]
     torch.testing.assert_close(alphas, expected)
     expected = gradient(expected)
+    torch.autograd.grad((alphas[1] * pull).sum(), hs[1], retain_graph=True)  # leaves nothing
     torch.testing.assert_close(gradient(alphas), expected)
     # Keys that were copied have the same gradient, which then comes through autograd.
     copies = attention.project(a).repeat_interleave(n, dim=0)
