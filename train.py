@@ -412,6 +412,49 @@ def build(s, captions, device):
     return Captioner(config).to(device), encoder.to(device), vocabulary
 
 
+def evaluate(s, args, splits, device):
+    """--eval: the table's row of one run, or of several as an ensemble."""
+    paths = checkpoints_of(args)
+    captioner, encoder, vocabulary, others = load_ensemble(paths, device, s.hard_decode)
+    check_beam(s.beam, vocabulary)
+    if args.split not in splits:
+        raise UserError(f'{s.data} has no split {args.split}')
+    report(captioner, encoder, vocabulary, s, args.split, splits[args.split], paths[0].parent,
+           others)
+
+
+def begin(s, args, captions, device):
+    """A new run, or the one to --resume -> captioner, encoder, vocabulary, its folder, its state.
+
+    captions are the training set's, as lists of words. A new run has no folder yet.
+    """
+    if not args.resume:
+        state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
+                 'totals': {}}
+        return *build(s, captions, device), None, state
+    path, = checkpoints_of(args)
+    state = read_checkpoint(path).get('training')
+    if state is None:
+        raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
+    captioner, encoder, vocabulary, _ = load_checkpoint(path, device, s.hard_decode)
+    return captioner, encoder, vocabulary, path.parent, state
+
+
+def make_optimizer(captioner, encoder, s, device, saved=None):
+    """Adam or RMSprop, in the state `saved`; the learning rate is set before every step."""
+    groups = [{'params': list(captioner.parameters()), 'first_lr': s.lr}]
+    if encoder.trainable:
+        groups.append({'params': list(encoder.parameters()), 'first_lr': s.encoder_lr})
+    if s.optimizer == 'rmsprop':
+        optimizer = torch.optim.RMSprop(groups)
+    else:  # fused: all weights in one pass, which is faster
+        optimizer = torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda'))
+    if saved:
+        groups_here = optimizer.state_dict()['param_groups']  # fused or not: as this device can
+        optimizer.load_state_dict(saved | {'param_groups': groups_here})
+    return optimizer
+
+
 def compile_step(captioner, locations, s, device):
     """Compile the decoder's step, or say why not: it needs a C++ compiler or a supported GPU.
 
@@ -434,6 +477,21 @@ def compile_step(captioner, locations, s, device):
 def precision(s, device):
     """The context in which a training step computes: --amp or nothing special."""
     return torch.autocast(device.type, torch.bfloat16) if s.amp else nullcontext()
+
+
+def validate(captioner, encoder, vocabulary, examples, images, s, epoch, totals):
+    """Caption the validation split -> BLEU-4, the Hypotheses, and the epoch's lines of log.txt."""
+    found = caption_images(captioner, encoder, images, s)
+    hypotheses = hypothesis_words(found, vocabulary, s)
+    bleu4 = bleu(reference_words(examples, s), hypotheses)[3]
+    log = [f'epoch {epoch + 1}/{s.epochs}', *(f'{key} {x:.3f}' for key, x in totals.items()),
+           f'val BLEU-4 with brevity penalty {bleu4:.2f}']
+    point = pointing_rate(examples, found, vocabulary, encoder.grid)
+    if point is not None:
+        log.append(f'pointing {point:.1f}')
+    return bleu4, found, ['  '.join(log)] + [
+        f'    {" ".join(words)}   [{example.captions[0]}]'
+        for words, example in list(zip(hypotheses, examples))[:2]]
 
 
 def draw_validation(path, examples, found, vocabulary, grid):
@@ -461,57 +519,29 @@ def main():
     rank, world = ranks()
     splits = from_rank_0(lambda: load_captions(s.data, s.data_dir, s.skip_bad))
     if args.eval:
-        paths = checkpoints_of(args)
-        captioner, encoder, vocabulary, others = load_ensemble(paths, device, s.hard_decode)
-        check_beam(s.beam, vocabulary)
-        if args.split not in splits:
-            raise UserError(f'{s.data} has no split {args.split}')
-        return report(captioner, encoder, vocabulary, s, args.split, splits[args.split],
-                      paths[0].parent, others)
+        return evaluate(s, args, splits, device)
 
-    # A new run, or one to go on with.
     captions = [tokenize(c) for x in splits['train'] for c in x.captions]
-    if args.resume:
-        path, = checkpoints_of(args)
-        folder, state = path.parent, read_checkpoint(path).get('training')
-        if state is None:
-            raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
-        captioner, encoder, vocabulary, _ = load_checkpoint(path, device, s.hard_decode)
-    else:
-        captioner, encoder, vocabulary = build(s, captions, device)
-        state = {'epoch': 0, 'step': 0, 'best': -1.0, 'best_epoch': -1, 'baseline': 0.0,
-                 'totals': {}}
+    captioner, encoder, vocabulary, folder, state = begin(s, args, captions, device)
     check_beam(s.beam, vocabulary)
     if s.compile:
         compile_step(captioner, math.prod(encoder.grid), s, device)
-    # The learning rate itself is set before every step.
-    groups = [{'params': list(captioner.parameters()), 'first_lr': s.lr}]
-    if encoder.trainable:
-        groups.append({'params': list(encoder.parameters()), 'first_lr': s.encoder_lr})
-    if s.optimizer == 'rmsprop':
-        optimizer = torch.optim.RMSprop(groups)
-    else:  # fused: all weights in one pass, which is faster
-        optimizer = torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda'))
-    if args.resume:
-        groups_here = optimizer.state_dict()['param_groups']  # fused or not: as this device can
-        optimizer.load_state_dict(state['optimizer'] | {'param_groups': groups_here})
+    optimizer = make_optimizer(captioner, encoder, s, device, state.get('optimizer'))
 
     # Images as arrays, captions as word ids.
     images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
               for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
-    if not args.resume:
-        folder = from_rank_0(lambda: new_folder(s))
+    folder = folder or from_rank_0(lambda: new_folder(s))
     ids = [[START, *vocabulary.encode(words), END] for words in captions]
     image_of = np.repeat(np.arange(len(splits['train'])),  # caption i is of image image_of[i]
                          [len(x.captions) for x in splits['train']])
     lengths = np.array([len(words) for words in ids])
-    references = reference_words(splits['val'], s)
-    n_weights = sum(p.numel() for group in groups for p in group['params'])
+    weights = [group['params'] for group in optimizer.param_groups]
     print(f'{s.data}: {len(splits["train"])} training images, {len(ids)} captions, '
           f'{len(vocabulary)} words\n{s.attn} attention, encoder {encoder.key} with '
           f'{encoder.grid[0]} x {encoder.grid[1]} locations of {encoder.feature_dim}, '
-          f'{n_weights:,} trained weights, on {device}'
+          f'{sum(p.numel() for group in weights for p in group):,} trained weights, on {device}'
           f'{f" and {world - 1} more" if world > 1 else ""}\nrun: {folder}')
 
     def save_last():
@@ -560,7 +590,7 @@ def main():
                 loss, numbers = batch_loss(decoder, a, words, s, state['baseline'], expected)
             optimizer.zero_grad(set_to_none=True)
             (weight * loss).backward()
-            norms = [torch.nn.utils.clip_grad_norm_(group['params'], s.clip) for group in groups]
+            norms = [torch.nn.utils.clip_grad_norm_(group, s.clip) for group in weights]
             optimizer.step()
             if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
                 reward = mean_over_ranks(weight * numbers['reward'])
@@ -592,19 +622,10 @@ def main():
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
                 sys.exit(130)
 
-        # Validation.
-        found = caption_images(captioner, encoder, images['val'], s)
-        hypotheses = hypothesis_words(found, vocabulary, s)
-        bleu4 = bleu(references, hypotheses)[3]
-        log = [f'epoch {epoch + 1}/{s.epochs}']
-        log += [f'{key} {float(mean_over_ranks(total)) / len(batches):.3f}'
-                for key, total in state['totals'].items()]
-        log.append(f'val BLEU-4 with brevity penalty {bleu4:.2f}')
-        point = pointing_rate(splits['val'], found, vocabulary, encoder.grid)
-        if point is not None:
-            log.append(f'pointing {point:.1f}')
-        lines = ['  '.join(log)] + [f'    {" ".join(words)}   [{example.captions[0]}]' for
-                                    words, example in list(zip(hypotheses, splits['val']))[:2]]
+        totals = {key: float(mean_over_ranks(x)) / len(batches)
+                  for key, x in state['totals'].items()}
+        bleu4, found, lines = validate(captioner, encoder, vocabulary, splits['val'],
+                                       images['val'], s, epoch, totals)
         state.update(epoch=epoch + 1, step=0, totals={}, log=state.get('log', []) + lines)
         # Where sampling begins the model is another one: what was best before is forgotten.
         better = bleu4 > state['best'] or s.attn == 'hard' and epoch == s.warm_up
