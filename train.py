@@ -65,7 +65,7 @@ class Settings:
     hidden_dim: int = setting(512, 'size of the recurrent state')
     attn_dim: int = setting(512, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer')
-    input_dropout: float = setting(0.0, 'share dropped of word embeddings and image features')
+    input_dropout: float = setting(0.3, 'share dropped of word embeddings and image features')
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(4, 'vocabulary: words seen at least this often')
     # loss
@@ -81,7 +81,7 @@ class Settings:
     lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(8, 'epochs at most')
+    epochs: int = setting(10, 'epochs at most')
     patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
@@ -97,8 +97,8 @@ class Settings:
 
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
-                       dropout=0.1, min_count=1, lr=2e-3, encoder_lr=2e-3, batch_size=100,
-                       epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
+                       dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
+                       batch_size=100, epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
 
 
 # ----------------------------------------------------------------------------------------- the loss
