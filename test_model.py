@@ -1245,7 +1245,8 @@ def test_two_processes_train_like_one(trained):
     exported = torch.export.export(cnn, (torch.zeros(2, 3, 32, 32),),
                                    dynamic_shapes=({0: torch.export.Dim('B')},))
     torch.export.save(exported, folder / 'cnn.pt2')
-    settings = [*TINY_RUN, '--encoder', 'cnn.pt2', '--dropout', '0', '--epochs', '5']  # 20 steps
+    settings = [*TINY_RUN, '--encoder', 'cnn.pt2', '--dropout', '0', '--input-dropout', '0',
+                '--epochs', '5']  # 20 steps
     one = run('train.py', *settings, '--name', 'one', cwd=folder)
     two = run('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
               HERE / 'train.py', *settings, '--name', 'two', cwd=folder)
