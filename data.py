@@ -238,13 +238,27 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
+    write_rows(part, sources, size, encode, head, bytes_a_row)
+    try:
+        os.replace(part, path)
+    except FileNotFoundError:  # another run, which wrote the same rows, was faster
+        pass
+    return np.load(path, mmap_mode='r')
+
+
+def write_rows(part, sources, size, encode, head, bytes_a_row):
+    """Write what `cache_arrays` returns into the file `part`, after the rows that it already has.
+
+    Raises UserError for images that cannot be read, before the first of them is encoded, and for
+    a full disk.
+    """
     part.touch()
-    # Open from here on: another run may be writing the same rows, and rename the file when done.
+    # Open all the time: another run may be writing the same rows, and rename the file when done.
     with open(part, 'r+b') as file:
         done = rows_in(file, head, bytes_a_row)  # rows that an interrupted run has left
         need, free = (len(sources) - max(0, done)) * bytes_a_row, shutil.disk_usage(part).free
         if need > free:
-            raise UserError(f'{path} needs {need / 1e9:.1f} GB more, the disk has '
+            raise UserError(f'{part} needs {need / 1e9:.1f} GB more, the disk has '
                             f'{free / 1e9:.1f}: make room, or use another --cache-dir')
         try:
             if done < 0:
@@ -252,10 +266,10 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
                 file.truncate()
                 file.write(head)
                 file.flush()
-            broken = {} if drawn else broken_images(sources[done:])  # before hours of computing
+            broken = broken_images(sources[done:])  # before hours of computing
             if broken:
                 raise UserError(one_of(list(broken.values())))
-            print(f'computing {path} for {len(sources) - done} images')
+            print(f'computing {part.with_suffix("")} for {len(sources) - done} images')
             file.seek(len(head) + done * bytes_a_row)
             for images in image_batches(sources[done:], size):
                 rows = images if encode is None else encode(images).half().cpu()
@@ -268,11 +282,6 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
         except OSError as error:
             raise UserError(f'cannot write {part} ({error.strerror}): make room and start again, '
                             'what is computed is kept') from None
-    try:
-        os.replace(part, path)
-    except FileNotFoundError:  # the other run was faster
-        pass
-    return np.load(path, mmap_mode='r')
 
 
 # ------------------------------------------------------------------------ shapes, drawn from a seed
