@@ -190,7 +190,8 @@ class Encoder(nn.Module):
         try:
             return torch.export.load(path).module().float(), key
         except Exception as error:  # it has no error of its own for another program's zip file
-            raise UserError(f'torch.export cannot load {path}: {str(error)[:100]}') from None
+            raise UserError(f'torch.export cannot load {path} ({str(error)[:100]}): was it written '
+                            f'by a newer torch than {torch.__version__}?') from None
 
     def train(self, mode=True):
         """A frozen CNN is never put into training mode, whatever the rest does."""

@@ -487,7 +487,7 @@ def test_an_ensemble_says_the_mean_of_its_members_probabilities():
             outs = [captioner(a[n:n + 1], captions) for captioner in team]
             p = sum(out.logits.softmax(2)[0] for out in outs) / 3  # (T, V)
             log_p = p[torch.arange(len(h.tokens)), h.tokens].log().sum()
-            assert h.log_prob == pytest.approx(float(log_p), abs=1e-4)
+            assert h.log_prob == pytest.approx(log_p.item(), abs=1e-4)
             np.testing.assert_allclose(h.alphas, outs[0].alphas[0].detach(), atol=1e-5)
         alone = team[0].beam_search(a[n:n + 1], 3, max_len=8)[0]
         differ += [h.tokens for h in alone] != [h.tokens for h in hypotheses]
