@@ -13,6 +13,7 @@ LSTM's state, E word embedding, y words, s a sampled location (in train.py s is 
 line that changes a shape ends with it.
 """
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -187,11 +188,12 @@ class Encoder(nn.Module):
             raise UserError(f'cannot read the encoder {path}: {error.strerror}') from None
         if not zipfile.is_zipfile(path):
             raise UserError(f'{path} is not a file that torch.export.save wrote, or not all of it')
+        logging.getLogger('torch.export').disabled = True  # it would print a traceback of its own
         try:
             return torch.export.load(path).module().float(), key
-        except Exception as error:  # it has no error of its own for another program's zip file
-            raise UserError(f'torch.export cannot load {path} ({str(error)[:100]}): was it written '
-                            f'by a newer torch than {torch.__version__}?') from None
+        except Exception:  # it has no error of its own for another program's zip file
+            raise UserError(f'torch.export cannot load {path}: it is of another program, or of a '
+                            f'newer torch than {torch.__version__}') from None
 
     def train(self, mode=True):
         """A frozen CNN is never put into training mode, whatever the rest does."""

@@ -1124,7 +1124,7 @@ def test_an_exported_encoder_learns_and_is_kept(tmp_path):
     assert not torch.allclose(again(images), before, atol=1e-2)
 
 
-def test_an_encoder_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
+def test_an_encoder_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, capfd):
     (tmp_path / 'text.pt2').write_text('hello')
     torch.save({}, tmp_path / 'zip.pt2')
     for name, message in (('resnet5000', 'no encoder is called'),
@@ -1134,6 +1134,7 @@ def test_an_encoder_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch)
                           ('vit_b_16', 'no feature map'), ('swin_t', 'no feature map')):
         with pytest.raises(UserError, match=message):
             Encoder(name, 224, pretrained=False)
+    assert 'Traceback' not in capfd.readouterr().err  # of torch's own log
 
     def no_network(*_, **__):
         raise OSError('no network')
