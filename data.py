@@ -49,7 +49,6 @@ class Example(NamedTuple):
     captions: list
     objects: tuple = ()  # shapes only
     name: object = ''    # what a results file calls the image: file name, or COCO's number
-    view: int = 0        # which part of the image is meant, see `view_of`
 
 
 class Vocabulary:
@@ -181,35 +180,19 @@ def one_of(problems):
     return problems[0] + (f' (and {len(problems) - 1} more)' if problems[1:] else '')
 
 
-def view_of(image, view, seed=''):
-    """One of the views of a picture that its captions fit: with several, a model learns more.
-
-    0 is the whole picture, odd views are mirrored, and from 2 on a view has 60 to 95 % of the
-    area, at a place that seed and view decide.
-    """
-    if view > 1:
-        rng = random.Random(f'{seed} {view}')
-        share = math.sqrt(rng.uniform(0.6, 0.95))  # of each side
-        width, height = (math.ceil(share * side) for side in image.size)
-        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        image = image.crop((left, top, left + width, top + height))
-    return ImageOps.mirror(image) if view % 2 else image
-
-
-def load_image(source, size, view=0, seed=''):
-    """Path or pixels -> uint8 array (3, size, size): the view, squeezed into a square."""
-    image = view_of(open_image(source), view, seed)
+def load_image(source, size):
+    """Path or pixels -> uint8 array (3, size, size): the whole image, squeezed into a square."""
+    image = open_image(source)
     if image.size != (size, size):
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image).transpose(2, 0, 1)
 
 
-def image_batches(examples, size, batch_size=32):
+def image_batches(sources, size, batch_size=32):
     """Yield uint8 tensors (B, 3, size, size), in order, read by several threads."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(examples), batch_size):
-            pixels = pool.map(lambda x: load_image(x.image, size, x.view, x.name),
-                              examples[i:i + batch_size])
+        for i in range(0, len(sources), batch_size):
+            pixels = pool.map(lambda s: load_image(s, size), sources[i:i + batch_size])
             yield torch.from_numpy(np.stack(list(pixels)))
 
 
@@ -234,28 +217,28 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     encode maps image tensors (B, 3, size, size) to features (B, *shape), which are kept as float16
     in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
     are, those of drawn images in memory. The file's name ends in a digest of `label` (which
-    encoder), the size, and the images' views, names and bytes, so that others are not taken for it.
+    encoder), the size, and the images' names and bytes, so that another set's is not taken for it.
     It is called .part until it is whole; a run that is interrupted leaves that to the next one.
     """
-    drawn = isinstance(examples[0].image, np.ndarray)
+    sources = [example.image for example in examples]
+    drawn = isinstance(sources[0], np.ndarray)
     if encode is None and drawn:
-        return np.concatenate([b.numpy() for b in image_batches(examples, size)])
-    known = [(x.view, hashlib.md5(x.image).hexdigest()) if drawn else
-             (x.view, x.image.name, x.image.stat().st_size) for x in examples]
+        return np.concatenate([b.numpy() for b in image_batches(sources, size)])
+    known = [hashlib.md5(x).hexdigest() if drawn else [x.name, x.stat().st_size] for x in sources]
     digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
-    head = npy_head((len(examples), *row), dtype)
+    head = npy_head((len(sources), *row), dtype)
     bytes_a_row = math.prod(row) * np.dtype(dtype).itemsize
     if path.exists():
         with open(path, 'rb') as file:
-            if rows_in(file, head, bytes_a_row) == len(examples):
+            if rows_in(file, head, bytes_a_row) == len(sources):
                 return np.load(path, mmap_mode='r')
         print(f'{path} is made again: it is damaged or cut short')
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
-    write_rows(part, examples, size, encode, head, bytes_a_row)
+    write_rows(part, sources, size, encode, head, bytes_a_row)
     try:
         os.replace(part, path)
     except FileNotFoundError:  # another run, which wrote the same rows, was faster
@@ -263,7 +246,7 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     return np.load(path, mmap_mode='r')
 
 
-def write_rows(part, examples, size, encode, head, bytes_a_row):
+def write_rows(part, sources, size, encode, head, bytes_a_row):
     """Write what `cache_arrays` returns into the file `part`, after the rows that it already has.
 
     Raises UserError for images that cannot be read, before the first of them is encoded, and for
@@ -273,7 +256,7 @@ def write_rows(part, examples, size, encode, head, bytes_a_row):
     # Open all the time: another run may be writing the same rows, and rename the file when done.
     with open(part, 'r+b') as file:
         done = rows_in(file, head, bytes_a_row)  # rows that an interrupted run has left
-        need, free = (len(examples) - max(0, done)) * bytes_a_row, shutil.disk_usage(part).free
+        need, free = (len(sources) - max(0, done)) * bytes_a_row, shutil.disk_usage(part).free
         if need > free:
             raise UserError(f'{part} needs {need / 1e9:.1f} GB more, the disk has '
                             f'{free / 1e9:.1f}: make room, or use another --cache-dir')
@@ -283,18 +266,17 @@ def write_rows(part, examples, size, encode, head, bytes_a_row):
                 file.truncate()
                 file.write(head)
                 file.flush()
-            # Each image once, before hours of computing.
-            broken = broken_images([x.image for x in examples[done:] if not x.view])
+            broken = broken_images(sources[done:])  # before hours of computing
             if broken:
                 raise UserError(one_of(list(broken.values())))
-            print(f'computing {part.with_suffix("")} for {len(examples) - done} images')
+            print(f'computing {part.with_suffix("")} for {len(sources) - done} images')
             file.seek(len(head) + done * bytes_a_row)
-            for images in image_batches(examples[done:], size):
+            for images in image_batches(sources[done:], size):
                 rows = images if encode is None else encode(images).half().cpu()
                 file.write(rows.numpy().tobytes())
                 done += len(rows)
                 if sys.stdout.isatty():
-                    print(f'\r{done}/{len(examples)} ', end='\r', flush=True)
+                    print(f'\r{done}/{len(sources)} ', end='\r', flush=True)
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:

@@ -928,58 +928,6 @@ def test_a_truncated_jpeg_is_an_error(tmp_path):
         data.open_image(path)
 
 
-def test_a_view_is_the_picture_or_a_crop_of_it_mirrored_if_its_number_is_odd():
-    rows, columns = np.mgrid[0:100, 0:120].astype(np.uint8)
-    pixels = np.dstack([rows, columns, 0 * rows])  # each pixel says where it was
-    picture, places = Image.fromarray(pixels), set()
-    for view in range(40):
-        seen = np.asarray(data.view_of(picture, view, 'a.jpg'))
-        np.testing.assert_array_equal(seen, data.view_of(picture, view, 'a.jpg'))
-        seen = seen[:, ::-1] if view % 2 else seen
-        (top, left), (height, width) = seen[0, 0, :2], seen.shape[:2]
-        np.testing.assert_array_equal(seen, pixels[top:top + height, left:left + width])
-        share = height * width / (100 * 120)
-        assert share == 1 if view < 2 else 0.6 <= share < 0.97, view  # sides are rounded up
-        assert abs(width / height - 1.2) < 0.03
-        places.add((top, left, height, width))
-    assert len(places) > 35  # each crop is of its own
-    other = np.asarray(data.view_of(picture, 2, 'b.jpg'))
-    assert other.shape != data.view_of(picture, 2, 'a.jpg').size[::-1] or (
-        other != np.asarray(data.view_of(picture, 2, 'a.jpg'))).any()
-
-
-def test_a_caption_is_learnt_with_the_views_of_its_own_image(tmp_path, monkeypatch):
-    write_layout(tmp_path / 'd' / 'flickr8k', 'official')
-    read, loss, pairs, seen = train.read_rows, train.batch_loss, [], []
-
-    def record_rows(array, index, device):
-        if len(array) == 9:  # three images of three views; the others are for validation
-            pairs.append([index])
-        return read(array, index, device)
-
-    def record_captions(captioner, a, captions, *rest):
-        pairs[len(seen)].append(captions)
-        seen.append(a)
-        return loss(captioner, a, captions, *rest)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['train.py', *TINY_RUN, '--views', '3', '--epochs', '8'])
-    monkeypatch.setattr(train, 'read_rows', record_rows)
-    monkeypatch.setattr(train, 'batch_loss', record_captions)
-    train.main()
-    words = load_checkpoint('runs/flickr8k-soft/last.pt')[2]
-    examples = data.load_captions('flickr8k', 'd')['train']
-    expected = data.cache_arrays(examples, 32, 'cache', 'pixels')
-    whole = data.cache_arrays([x._replace(view=v) for v in range(3) for x in examples], 32,
-                              'cache', 'pixels')
-    np.testing.assert_array_equal(whole[:3], expected)
-    np.testing.assert_array_equal(whole[3:6], expected[..., ::-1])
-    assert np.abs(whole[6:].astype(int) - expected).mean() > 5
-    for rows, captions in pairs:
-        for row, caption in zip(rows, captions):  # a caption names its image: "A dog number 0 a"
-            assert examples[row % 3].name[0] in words.decode(caption)
-    assert {row for rows, _ in pairs for row in rows} == set(range(9))
-
-
 def test_feature_cache(tmp_path, capsys):
     write_layout(tmp_path / 'flickr8k', 'official')
     examples = data.load_captions('flickr8k', tmp_path)['train']
@@ -996,9 +944,8 @@ def test_feature_cache(tmp_path, capsys):
     np.testing.assert_array_equal(features, again)
     make_pictures(tmp_path / 'elsewhere', SPLITS['train'][::-1])
     moved = [x._replace(image=tmp_path / 'elsewhere' / x.name) for x in examples]
-    mirrored = [x._replace(view=1) for x in examples]
     for other in ((examples, 16, 'mean'), (examples[:2], 32, 'mean'), (examples, 32, 'other'),
-                  (moved, 32, 'mean'), (mirrored, 32, 'mean')):
+                  (moved, 32, 'mean')):
         with pytest.raises(AssertionError):  # another size, data set or encoder is another cache
             data.cache_arrays(other[0], other[1], tmp_path / 'cache', other[2], never, (1, 3))
     file = Path(features.filename)
@@ -1273,7 +1220,7 @@ def same(one, other):
 def test_an_interrupted_run_goes_on_to_the_same_weights(trained, attn, batch):
     folder, _ = trained
     whole, cut = f'whole-{attn}', f'cut-{attn}'
-    settings = [*TINY_RUN, '--attn', attn, '--batch-size', batch, '--epochs', '15', '--views', '3']
+    settings = [*TINY_RUN, '--attn', attn, '--batch-size', batch, '--epochs', '15']
     result = run('train.py', *settings, '--name', whole, cwd=folder)
     assert result.returncode == 0, result.stderr
     command = [sys.executable, '-u', HERE / 'train.py', *settings, '--name', cut]

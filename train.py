@@ -61,7 +61,6 @@ class Settings:
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
     finetune_from: int = setting(0, 'epochs before the CNN begins to learn')
     image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
-    views: int = setting(1, 'views of each training image: whole, mirrored, then crops of both')
     embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
     attn_dim: int = setting(512, 'size of the attention layer')
@@ -283,12 +282,11 @@ def parse_settings():
         parser.set_defaults(**SHAPES_DEFAULTS)
     saved = {}
     if first.resume or first.eval:  # a run's own settings, but for those on the command line
-        saved = {'input_dropout': 0.0, 'views': 1}  # of older runs
+        saved = {'input_dropout': 0.0}  # of older runs
         saved |= read_checkpoint(checkpoints_of(first)[0])['settings']
         parser.set_defaults(**saved)
     args = parser.parse_args()
-    for name in ('views', 'epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size',
-                 'samples'):
+    for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
         if getattr(args, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
     if not (0 <= args.dropout < 1 and 0 <= args.input_dropout < 1):
@@ -296,7 +294,7 @@ def parse_settings():
     if args.attn == 'hard' and args.warm_up >= args.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     # A run that goes on must also see the same batches in the same order.
-    fixed = FIXED + (('data', 'optimizer', 'views', 'batch_size', 'seed') if args.resume else ())
+    fixed = FIXED + (('data', 'optimizer', 'batch_size', 'seed') if args.resume else ())
     for name in fixed if saved else ():
         if getattr(args, name) != saved[name]:
             raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in this run: leave the '
@@ -531,9 +529,8 @@ def main():
     optimizer = make_optimizer(captioner, encoder, s, device, state.get('optimizer'))
 
     # Images as arrays, captions as word ids.
-    views = [x._replace(view=view) for view in range(s.views) for x in splits['train']]
-    images = {name: first_rank_first(lambda: image_arrays(encoder, examples, s))
-              for name, examples in (('train', views), ('val', splits['val']))}
+    images = {name: first_rank_first(lambda: image_arrays(encoder, splits[name], s))
+              for name in ('train', 'val')}
     images['train'] = to_gpu(images['train'], device)
     folder = folder or from_rank_0(lambda: new_folder(s))
     ids = [[START, *vocabulary.encode(words), END] for words in captions]
@@ -568,10 +565,7 @@ def main():
         save_last()  # a run can be resumed from its first moment on
     while state['epoch'] < s.epochs and state['epoch'] - state['best_epoch'] <= s.patience:
         epoch, epoch_began, captions_done = state['epoch'], time.time(), 0
-        rng = np.random.default_rng((s.seed, epoch))
-        batches = length_batches(lengths, s.batch_size, rng)
-        view = rng.integers(s.views, size=len(ids))  # each caption's in this epoch
-        row_of = view * len(splits['train']) + image_of
+        batches = length_batches(lengths, s.batch_size, np.random.default_rng((s.seed, epoch)))
         expected = 1.0 if epoch < s.warm_up else s.expected
         train_cnn = epoch >= s.finetune_from  # a frozen CNN stays as it is
         captioner.train()
@@ -579,7 +573,7 @@ def main():
         # This rank's captions; where a batch has none for it, one that counts 0 (see weight).
         mine = [batch[rank::world] if rank < len(batch) else batch[:1] for batch in batches]
         loaded = ahead(mine[state['step']:], lambda batch: (
-            read_rows(images['train'], row_of[batch], device),
+            read_rows(images['train'], image_of[batch], device),
             pinned(torch.tensor([ids[i] for i in batch]), device)))
         for step, (batch, (rows, words)) in enumerate(loaded, state['step']):
             # Gradients are averaged over the ranks: one with fewer captions must count for less.
