@@ -11,6 +11,8 @@
 Paper sections 4.2.1 and 4.3 (training), 5 (experiments).
 """
 import argparse
+import atexit
+import gc
 import json
 import math
 import os
@@ -341,9 +343,16 @@ def join_ranks(name):
     device = pick_device(name or 'cpu')
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
                             timeout=timedelta(days=1))  # rank 0 may compute features for hours
+    atexit.register(leave_ranks)
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
     return device
+
+
+def leave_ranks():
+    """End gloo's threads: one that still frees a tensor while Python ends aborts the process."""
+    gc.collect()  # a DistributedDataParallel, in a circle of references, keeps them alive
+    dist.destroy_process_group()
 
 
 def ranks():
@@ -650,8 +659,6 @@ def main():
     for split in ('test', 'unseen'):
         if split in splits:
             report(captioner, encoder, vocabulary, s, split, splits[split], folder)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
