@@ -80,10 +80,10 @@ class Settings:
     hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
     # training
     optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
-    lr: float = setting(5e-4, 'learning rate; falls to 0 along half a cosine over the epochs')
+    lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine over the epochs')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(10, 'epochs at most')
+    epochs: int = setting(5, 'epochs at most')
     patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
