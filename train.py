@@ -11,7 +11,6 @@
 Paper sections 4.2.1 and 4.3 (training), 5 (experiments).
 """
 import argparse
-import atexit
 import gc
 import json
 import math
@@ -244,7 +243,7 @@ def report(captioner, encoder, vocabulary, s, split, examples, folder, others=()
         header.append('pointing')
         row.append(pointing_rate(examples, found, vocabulary, encoder.grid))
     print(' ' * 36 + ''.join(f'{x:>9}' for x in header))
-    kinds = {model.config.attn for model in (captioner, *others)}
+    kinds = {model.config.attn.replace('none', 'no') for model in (captioner, *others)}
     how = ' and '.join(sorted(kinds)) + ' attention' + f', {s.hard_decode}' * (kinds == {'hard'})
     print_row(f'this model ({how})' if not others else f'{1 + len(others)} models ({how})', row)
     if (s.data, s.attn) in PAPER and len(kinds) == 1:
@@ -343,16 +342,19 @@ def join_ranks(name):
     device = pick_device(name or 'cpu')
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
                             timeout=timedelta(days=1))  # rank 0 may compute features for hours
-    atexit.register(leave_ranks)
     if dist.get_rank():
         sys.stdout = open(os.devnull, 'w')
     return device
 
 
 def leave_ranks():
-    """End gloo's threads: one that still frees a tensor while Python ends aborts the process."""
-    gc.collect()  # a DistributedDataParallel, in a circle of references, keeps them alive
-    dist.destroy_process_group()
+    """End gloo's threads: one that still frees a tensor while Python ends aborts the process.
+
+    Not after an error: ranks that have none would be waited for.
+    """
+    if dist.is_initialized():
+        gc.collect()  # a DistributedDataParallel, in a circle of references, keeps them alive
+        dist.destroy_process_group()
 
 
 def ranks():
@@ -663,3 +665,4 @@ def main():
 
 if __name__ == '__main__':
     run_command(main)
+    leave_ranks()
