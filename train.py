@@ -628,8 +628,7 @@ def main():
                     save_last()
                     saved = time.time()
             if stopping:
-                if not rank:
-                    save_last()
+                from_rank_0(save_last)  # a rank that ends before would have this one killed
                 print(f'\nstopped; go on with: python train.py --resume {folder}')
                 sys.exit(130)
 
