@@ -19,7 +19,7 @@ class BahdanauAttention(nn.Module):
     """Additive scores e_ti = v^T tanh(W_a a_i + W_h h_{t-1}), alpha_t = softmax(e_t): eq. (4), (5).
 
     The formula is that of Bahdanau et al. (2014). W_a a_i does not change from word to word, so
-    `project` computes it once for each image, and in the form that `additive_score` wants.
+    `project` computes it once for each image.
     """
 
     def __init__(self, feature_dim, hidden_dim, attn_dim):
@@ -29,14 +29,15 @@ class BahdanauAttention(nn.Module):
         self.v = nn.Linear(attn_dim, 1, bias=False)
 
     def project(self, a):
-        """Annotation vectors a (B, L, D) -> keys exp(2 W_a a) (B, L, A)."""
-        return ExpKeys.apply(self.W_a(a))
+        """Annotation vectors a (B, L, D) -> keys W_a a (B, L, A)."""
+        return self.W_a(a)
 
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
-        query = self.W_h(h)  # (N, A)
-        e = additive_score(keys, query, self.v.weight[0].to(query.dtype))  # (N, L)
-        return torch.softmax(e, dim=1, dtype=h.dtype)  # as precise as h, also under autocast
+        query = self.W_h(h).view(len(keys), -1, 1, keys.shape[2])  # (B, n, 1, A)
+        e = self.v(torch.tanh(keys.unsqueeze(1) + query))  # (B, n, L, 1), eq. (4)
+        # As precise as h, also under autocast.
+        return torch.softmax(e.flatten(2).flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L), eq. (5)
 
 
 class DotAttention(nn.Module):
@@ -58,8 +59,8 @@ class DotAttention(nn.Module):
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
         query = self.W_h(h).view(len(keys), -1, keys.shape[2])  # (B, n, A)
-        e = (query @ keys.transpose(1, 2)).flatten(0, 1) / math.sqrt(keys.shape[2])  # (N, L)
-        return torch.softmax(e, dim=1, dtype=h.dtype)
+        e = query @ keys.transpose(1, 2) / math.sqrt(keys.shape[2])  # (B, n, L)
+        return torch.softmax(e.flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L)
 
 
 # ------------------------------------------------------------------------------------- contexts
@@ -77,8 +78,9 @@ def hard_context(alpha, a, s=None, soft=None):
     """
     if s is None:
         # For E_i ~ Exp(1), argmax_i alpha_i / E_i is i with probability alpha_i. torch.multinomial
-        # does the same, and makes the CPU wait for the GPU.
-        s = (alpha / torch.empty_like(alpha).exponential_()).argmax(dim=1)  # (N,)
+        # does the same, and makes the CPU wait for the GPU. A draw of 0 would make 0 / 0 of it.
+        E = torch.empty_like(alpha).exponential_().clamp_min_(torch.finfo(alpha.dtype).tiny)
+        s = (alpha / E).argmax(dim=1)  # (N,)
     image = torch.arange(len(s), device=a.device) // (len(s) // len(a))  # of each row
     z = a[image, s]  # (N, D)
     log_p_s = alpha.gather(1, s.unsqueeze(1)).squeeze(1).log()  # (N,)
@@ -119,98 +121,3 @@ def reinforce_loss(log_p_y, log_p_s, alphas, baseline, lambda_r=1.0, lambda_h=0.
     return -(log_p_y                            # better words
              + lambda_r * advantage * log_p_s   # looks that led to better words become likelier
              + lambda_h * entropy(alphas))      # the choice stays open
-
-
-# ------------------------------------------------------------ additive scores, computed fast
-def additive_score(exp_keys, query, v):
-    """Scores v^T tanh(key_i + query) less the sum of v: exp(2 keys), (N, A), (A,) -> (N, L).
-
-        tanh(x) = 1 - 2 r,  r = 1 / (1 + exp(2x)),  exp(2 (key + query)) = exp(2 key) exp(2 query)
-
-    so that no word costs an exponential for each location. The sum of v is the same for every
-    location and falls out of the softmax.
-    """
-    exp_query = query.clamp(-40, 40).mul(2).exp().to(exp_keys.dtype)  # CUDA's autocast widens exp
-    exp_query = exp_query.view(len(exp_keys), -1, 1, query.shape[1])  # (B, n, 1, A)
-    by_hand = hasattr(exp_keys.grad_fn, 'total') or not exp_keys.requires_grad
-    if torch.compiler.is_compiling() or not by_hand:  # a compiler does better what follows
-        return -2 * ((1 + exp_keys.unsqueeze(1) * exp_query).reciprocal() @ v).flatten(0, 1)
-    return AdditiveScore.apply(exp_keys, exp_query, v)
-
-
-class ExpKeys(torch.autograd.Function):
-    """keys -> exp(2 keys), and where AdditiveScore adds up the gradient of keys word by word.
-
-    Autograd would write an array (B, L, A) for each word and then add it to the others.
-    """
-
-    @staticmethod
-    def forward(ctx, keys):
-        """Beyond 40 on either side exp(2 keys) would leave the range of float32."""
-        ctx.set_materialize_grads(False)
-        ctx.total = None
-        exp_keys = keys.clamp(-40, 40).mul_(2).exp_()
-        ctx.save_for_backward(exp_keys)
-        return exp_keys
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d):
-        """The gradient that came through AdditiveScore, and d that came through autograd."""
-        total, ctx.total = ctx.total, None
-        if d is not None:
-            d = 2 * d * ctx.saved_tensors[0]
-            total = d if total is None else total + d
-        return total
-
-
-class AdditiveScore(torch.autograd.Function):
-    """-2 r v of `additive_score`, a few images at a time, so that r never leaves the CPU's cache.
-
-    r is not kept for the backward pass but computed again. exp_keys (B, L, A), exp_query (B, n, 1,
-    A), v (A,) -> (B * n, L).
-    """
-
-    @staticmethod
-    def blocks(exp_keys, exp_query):
-        """Slices of the images, each with r (b, n, L, A) of about 4 MB; on a GPU all at once."""
-        B, L, A = exp_keys.shape
-        b = max(1, 2 ** 20 // (exp_query.shape[1] * L * A)) if exp_keys.is_cpu else max(1, B)
-        one = exp_keys.new_ones(())
-        for i in range(0, B, b):
-            block = slice(i, i + b)
-            yield block, torch.addcmul(one, exp_keys[block].unsqueeze(1),
-                                       exp_query[block]).reciprocal_()
-
-    @staticmethod
-    def forward(ctx, exp_keys, exp_query, v):
-        """The scores (B * n, L)."""
-        e = exp_keys.new_empty(*exp_query.shape[:2], exp_keys.shape[1])  # (B, n, L)
-        for block, r in AdditiveScore.blocks(exp_keys, exp_query):
-            torch.matmul(r, v, out=e[block])
-        ctx.save_for_backward(exp_keys, exp_query, v)
-        ctx.keys = exp_keys.grad_fn  # its ExpKeys
-        return e.flatten(0, 1).mul_(-2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, de):
-        """Gradient de (B * n, L) of the scores -> that of exp_query and v; that of keys is added.
-
-        With x = key + query: d tanh(x)/dx = 4 (r - r^2).
-        """
-        exp_keys, exp_query, v = ctx.saved_tensors
-        B, n = exp_query.shape[:2]
-        de = de.reshape(B, n, 1, -1)  # (B, n, 1, L)
-        sum_r, dquery = torch.empty_like(exp_query), torch.empty_like(exp_query)
-        # Not where the gradient of keys is not asked for: nobody would fetch the sum.
-        learn_keys = bool(ctx.keys) and torch._C._will_engine_execute_node(ctx.keys)
-        if learn_keys and ctx.keys.total is None:
-            ctx.keys.total = torch.zeros_like(exp_keys)
-        for block, r in AdditiveScore.blocks(exp_keys, exp_query):
-            torch.matmul(de[block], r, out=sum_r[block])
-            r.addcmul_(r, r, value=-1).mul_(4 * v)  # d e/dx
-            torch.matmul(de[block], r, out=dquery[block])
-            for j in range(n if learn_keys else 0):
-                ctx.keys.total[block].addcmul_(r[:, j], de[block][:, j].transpose(1, 2))
-        return None, dquery / (2 * exp_query), -2 * sum_r.sum((0, 1, 2))

@@ -2,30 +2,40 @@
 
     python bleu_meteor.py results.json references.json
 
-results.json is a COCO results file, [{"image_id": .., "caption": ".."}, ..]; references.json is a
-COCO annotation file or simply {"image_id": ["caption", ..], ..}. All scores are per cent.
-
-Both count words alone: lower case, without punctuation, split as coco-caption's tokenizer does.
+Both files are JSON in one of these forms, with one caption for each image in the results:
+    [{"image_id": .., "caption": ".."}, ..]             COCO's; also below "annotations"
+    {"image": ["caption", ..], ..}                      or {"image": "caption", ..}
+    [{"image": .., "captions": [{"caption": ".."}, ..]}, ..]    sample.py --json, the best first
+    {"images": [{"filename": .., "split": .., "sentences": [{"raw": ".."}, ..]}, ..]}  Karpathy's
+Scores are per cent and count words alone: lower case, no punctuation, split as in coco-caption.
 `--punctuation` keeps punctuation as words and gives every result its full stop; the authors' own
 reference files are of that kind, and the same captions score higher there.
 """
-import argparse
 import functools
 import json
 import math
 import re
+import unicodedata
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections import Counter
+from ntpath import basename  # of paths with / or \
 
 import nltk
 
 SYMBOLS = set('&%$#@+=/*')  # coco-caption counts these as words
-TREEBANK = nltk.NLTKWordTokenizer()
+print_once = functools.cache(print)  # for what would else be said at every score
 
 
 @functools.cache
-def treebank(chunk):
-    """The words in a chunk of letters: two in "cannot"."""
-    return TREEBANK.tokenize(chunk)
+def split_chunk(chunk, punctuation):
+    """Lower-case text without spaces -> its words, as in `tokenize`: two for "cannot"."""
+    for ch in set(chunk) - set('\u058a\u2010\u2011\u066b\u066c'):  # hyphens, Arabic decimal signs
+        if not ch.isascii() and unicodedata.category(ch)[0] not in 'LMN':  # no letter or number
+            chunk = chunk.replace(ch, f' {ch} ')  # but a mark, which stands alone
+    # So does a full stop, but not that of u.s., which NLTK would split off at the very end.
+    chunk = re.sub(r'(?<![\s.][a-z])(?<!\.)\.(?=[^\w.]|$)', ' .', ' ' + chunk)
+    return [w for w in nltk.NLTKWordTokenizer().tokenize(chunk + ' .')[:-1]
+            if punctuation or any(ch.isalnum() or ch in SYMBOLS for ch in w)]
 
 
 def tokenize(caption, punctuation=False):
@@ -34,16 +44,8 @@ def tokenize(caption, punctuation=False):
     "A man's T-shirt." -> a, man, 's, t-shirt. With punctuation=True the marks are words too.
     Where coco-caption keeps "-lrb-" for a bracket or the dot of "mr.", these are left out.
     """
-    caption = caption.lower().replace('\u2019', "'")
-    if re.fullmatch(r'([a-z]+( , |, |-| ))*[a-z]{2,} ?\.? *', caption):  # most: the quick way
-        words = [w for chunk in re.sub('([,.])', r' \1', caption).split() for w in treebank(chunk)]
-    else:
-        caption = re.sub(r'(\w\w)\.(?=\W|$)', r'\1 .', caption)  # full stops inside a caption
-        words = TREEBANK.tokenize(caption)
-        words = [w + '.' if re.fullmatch(r'(\w\.)+\w', w) else w for w in words]  # u.s. at the end
-    if not punctuation:
-        words = [w for w in words if any(ch.isalnum() or ch in SYMBOLS for ch in w)]
-    return words
+    chunks = caption.lower().replace('\u2019', "'").split()
+    return [word for chunk in chunks for word in split_chunk(chunk, punctuation)]
 
 
 def ngrams(words, n):
@@ -57,15 +59,12 @@ def bleu(references, hypotheses, brevity_penalty=True):
         p_n = sum over captions of clipped n-gram matches / sum of n-grams
         BLEU-N = BP * (p_1 * .. * p_N) ** (1 / N),  BP = min(1, exp(1 - r / c))
 
-    references: for each image a list of token lists; hypotheses: for each image a token list.
-    c is the length of all hypotheses, r that of the references closest to each in length (the
-    shorter of two equally close). The paper's table has no brevity penalty. Equal to coco-caption,
-    whose tiny constants keep a count of zero from being a special case.
-    Raises ValueError if the two lists differ in length or an image has no reference.
+    references: for each image a list of token lists; hypotheses: for each image a token list. c is
+    the length of all hypotheses, r that of the references closest to each (of two the shorter). As
+    in coco-caption, tiny constants stand for zeros. ValueError where an image lacks its captions.
     """
     if len(references) != len(hypotheses) or not all(references):
-        raise ValueError(f'{len(hypotheses)} captions for {len(references)} images, each of which '
-                         'must have a reference: give one caption for each image')
+        raise ValueError('give one caption for each image, and at least one reference')
     matches, totals, c, r = [0] * 4, [0] * 4, 0, 0
     for refs, hypothesis in zip(references, hypotheses):
         c += len(hypothesis)
@@ -74,46 +73,28 @@ def bleu(references, hypotheses, brevity_penalty=True):
             most = Counter()  # how often an n-gram occurs in the reference that has it most
             for ref in refs:
                 most |= ngrams(ref, n + 1)
-            counts = ngrams(hypothesis, n + 1)
-            matches[n] += sum((counts & most).values())
-            totals[n] += sum(counts.values())
-    penalty = 1.0
-    if brevity_penalty:
-        ratio = (c + 1e-15) / (r + 1e-9)
-        penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n in range(4):
-        product *= (matches[n] + 1e-15) / (totals[n] + 1e-9)
-        scores.append(100 * penalty * product ** (1 / (n + 1)))
-    return scores
-
-
-@functools.cache
-def print_once(text):
-    """Print what would otherwise be said for every score."""
-    print(text)
+            matches[n] += sum((ngrams(hypothesis, n + 1) & most).values())
+            totals[n] += max(len(hypothesis) - n, 0)
+    p = [(match + 1e-15) / (total + 1e-9) for match, total in zip(matches, totals)]
+    BP = min(1, math.exp(1 - 1 / ((c + 1e-15) / (r + 1e-9)))) if brevity_penalty else 1
+    return [100 * BP * math.prod(p[:N]) ** (1 / N) for N in (1, 2, 3, 4)]
 
 
 def meteor(references, hypotheses):
     """METEOR (Denkowski and Lavie, 2014) by NLTK, in per cent, or None where WordNet is missing.
 
-    Mean over images of the best score against any reference, with the parameters of METEOR 1.5 for
-    English: alpha .85, beta .2, gamma .6. NLTK matches words, stems and WordNet synonyms, all of
-    weight 1; the Java program also knows paraphrases and weighs function words, so the two agree
-    in scale and not in the digits. Arguments as for `bleu`.
+    Mean over images of the best score against any reference, with METEOR 1.5's parameters. NLTK has
+    neither its paraphrases nor its weights of words: the two agree in scale, not in the digits.
     """
-    from nltk.translate.meteor_score import meteor_score
     try:
-        nltk.corpus.wordnet.ensure_loaded()  # also where no word needs it
-        scores = [meteor_score(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
-                  for refs, hypothesis in zip(references, hypotheses)]
-    except TypeError:  # what was given are no lists of words
-        raise
-    except Exception as error:  # no WordNet, or not all of it: NLTK has no one error for that
-        print_once(f'METEOR is left out, NLTK cannot read WordNet ({type(error).__name__}): '
-                   'get it with "python -m nltk.downloader wordnet", or set NLTK_DATA to a folder '
-                   'that has it')
+        nltk.corpus.wordnet.synsets('dog')  # here, if at all, it fails
+    except Exception as error:  # NLTK has no one error for that
+        reason = re.search(r'\w.*|$', str(error.__context__ or error))[0]  # its first line of text
+        print_once(f'METEOR is left out, NLTK cannot read WordNet ({reason}): get it with "python '
+                   '-m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it, no link')
         return None
+    scores = [nltk.translate.meteor(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
+              for refs, hypothesis in zip(references, hypotheses)]
     return 100 * math.fsum(scores) / len(scores)  # whatever the order of the images
 
 
@@ -123,10 +104,7 @@ def score(references, hypotheses):
 
 
 def human_score(references):
-    """How people score: each image's n-th caption against its others, mean over n. As `score`.
-
-    None where an image has one caption only.
-    """
+    """How people `score`: n-th captions against the others, mean over n; None if one is alone."""
     people = min(len(refs) for refs in references)
     if people < 2:
         return None
@@ -135,49 +113,71 @@ def human_score(references):
     return [None if None in column else sum(column) / people for column in zip(*rows)]
 
 
-def read_pair(results, references):
-    """Two JSON files (see the top of this file) -> captions and references, image by image."""
-    with open(results, encoding='utf-8') as file:
-        captions = {str(r['image_id']): str(r['caption']) for r in json.load(file)}
-    with open(references, encoding='utf-8') as file:
-        content = json.load(file)
-    by_image = content
-    if 'annotations' in content:
-        by_image = {}
-        for r in content['annotations']:
-            by_image.setdefault(str(r['image_id']), []).append(r['caption'])
-    for image, texts in by_image.items():
-        if not texts or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f'the references of {image} are not a list of captions')
-    missing = [image for image in captions if image not in by_image]
-    if missing or not captions:
-        raise ValueError(f'{len(missing)} of {len(captions)} results have no reference, such as '
-                         f'{missing[:3]}: give two files on the same images')
-    return list(captions.values()), [by_image[image] for image in captions]
+def find_captions(content, image=None):
+    """JSON in any form above -> list of (image, caption). An image is its (split, name, ..)."""
+    if isinstance(content, str) and image:
+        return [(image, content)]
+    if isinstance(content, list) and content:
+        guesses = [x for x in content if image and isinstance(x, dict) and 'log_prob' in x]
+        parts = [(image, part) for part in guesses[:1] or content]  # the likeliest of sample.py
+    elif isinstance(content, dict) and content:
+        naming = 'image_id', 'image', 'filename', 'cocoid'
+        holding = 'caption', 'captions', 'raw', 'sentences', 'annotations', 'images'
+        names = [str(content[key]) for key in naming if key in content]
+        image = (content.get('split'), *names) if names else image
+        parts = [(image, content[key]) for key in holding if key in content][:1]
+        parts = parts or [((None, name), part) for name, part in content.items()]
+    else:
+        raise ValueError(f'{image[1] if image else "an entry"} is no image with a caption')
+    return [pair for image, part in parts for pair in find_captions(part, image)]
+
+
+def pair_up(results, references, args):
+    """Pairs of both files -> captions, references of each, images left out. Raises ValueError."""
+    by_image = {}
+    for image, caption in references:
+        by_image.setdefault(image, []).append(caption)
+    # A name means the image that is called so, or else the one whose file is.
+    meant = {f(name): image for f in (basename, str) for image in by_image for name in image[1:]}
+    images = [meant.get(name, meant.get(basename(name))) for (_, name, *_), _ in results]
+    counts, splits = Counter(images), {image[0] for image in images if image}
+    strangers = [named[1] for (named, _), image in zip(results, images) if not image]
+    missing = [image[1] for image in by_image if image[0] in splits and not counts[image]]
+    for wrong, problem in (
+            (strangers, f'of {len(results)} results have no reference'),
+            ([i[1] for i in by_image if counts[i] > 1], 'images captioned twice in the results'),
+            ([] if args.allow_missing else missing, f'of {len(missing) + len(counts)} images have '
+             f'no caption in {args.results} (--allow-missing scores the others alone)')):
+        if wrong:
+            raise ValueError(f'{len(wrong)} {problem}, such as {wrong[:3]}')
+    return [caption for _, caption in results], [by_image[i] for i in images], missing
 
 
 def main():
     """Score a results file against its references, without and with brevity penalty."""
-    parser = argparse.ArgumentParser(description='Score captions: BLEU-1..4 and METEOR.')
-    parser.add_argument('results', help='COCO results file: [{"image_id": .., "caption": ..}, ..]')
-    parser.add_argument('references', help='COCO annotation file, or {"image_id": [caption, ..]}')
-    parser.add_argument('--punctuation', action='store_true',
-                        help='count punctuation as words and end every result with a full stop')
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument('results')
+    parser.add_argument('references')
+    parser.add_argument('--punctuation', action='store_true', help='count punctuation as words')
+    parser.add_argument('--allow-missing', action='store_true', help='score what has a caption')
     args = parser.parse_args()
+    pairs = []
     try:
-        captions, references = read_pair(args.results, args.references)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        parser.exit(2, f'error: {error}; -h says what the files hold\n')
+        for path in args.results, args.references:
+            with open(path, encoding='utf-8-sig') as file:
+                pairs.append(find_captions(json.load(file)))
+        captions, references, missing = pair_up(*pairs, args)
+    except (OSError, ValueError, RecursionError) as error:
+        parser.exit(2, f'error: {path}: {error}; captions are [{{"image_id": .., "caption": ".."}},'
+                       ' ..] or the like: -h says what the files hold\n')
     if args.punctuation:
         captions = [caption.rstrip(' .') + ' .' for caption in captions]
     hypotheses = [tokenize(caption, args.punctuation) for caption in captions]
     references = [[tokenize(r, args.punctuation) for r in refs] for refs in references]
-    counted = 'punctuation counts' if args.punctuation else 'words alone'
-    print(f'{len(captions)} images, {counted}')
+    print(f'{len(captions)} images, {len(missing)} left out; with punctuation: {args.punctuation}')
     for label, penalty in (('BLEU-1 .. 4', False), ('with brevity penalty', True)):
         print(f'{label:24}' + ' '.join(f'{x:6.2f}' for x in bleu(references, hypotheses, penalty)))
-    value = meteor(references, hypotheses)
-    if value is not None:
+    if (value := meteor(references, hypotheses)) is not None:
         print(f'METEOR by NLTK          {value:6.2f}')
 
 

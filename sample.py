@@ -1,36 +1,30 @@
-"""Caption images and draw where the model looked.
+"""Caption images and draw where the model looked, as in the paper's figures 2, 3 and 5.
 
-    python sample.py img.jpg                      caption, and img.attention.png beside the image
-    python sample.py a.jpg b.png photos/ --top 3  several images or folders, three captions each
-    python sample.py img.jpg --json               the same for a program to read
-
-The model is the newest one in runs/, or pretrained/soft.pt where there is none, unless
---checkpoint names another. The pictures are those of the paper's figures 2, 3 and 5: for each word,
-the image under the attention that chose it.
+    python sample.py img.jpg more.png photos/   captions, and img.attention.png beside each image
+    python sample.py img.jpg --explain          word by word: gate, cells, likeliest words
+    ... --checkpoint runs/NAME                  by another model than pretrained/soft.pt
 """
 import argparse
 import json
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import UserError, ahead, is_image, load_image, open_image, run_command
-from model import check_beam, load_checkpoint, pick_device
+from data import PAD, START, UNK, UserError, is_image, load_image, open_image, run_command
+from model import load_checkpoint
 
-PANEL, LABEL, GAP = 224, 30, 6  # pixels: width of a panel, height of its label, space between
+PANEL, LABEL, GAP = 224, 32, 6  # pixels: width of a panel, height of its label, space between
+LARGE, SMALL = ImageFont.load_default(20), ImageFont.load_default(13)  # Pillow's own font
 
 
 def attention_map(alpha, grid, size):
-    """Weights alpha (L,) -> array (height, width) in 0..1, smoothly upsampled from the grid.
-
-    size is (width, height). Divided by the largest value, so that a flat map is bright all over
-    and a sharp one is a spot.
-    """
+    """Weights alpha (L,) -> smooth array of `size` (width, height), 1 where they are largest."""
     alpha = np.asarray(alpha, dtype=np.float32).reshape(grid)
     small = Image.fromarray((255 * alpha / alpha.max()).astype(np.uint8))
     blur = ImageFilter.GaussianBlur(max(size) / max(grid) / 3)
@@ -42,160 +36,156 @@ def under_attention(image, weights):
     """PIL picture, weights (height, width) in 0..1 -> the picture, lit where the model looked."""
     pixels, m = np.asarray(image, dtype=np.float32), weights[:, :, None]
     dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
-    return Image.fromarray((dark + m * (bright - dark)).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((dark + m * (bright - dark)).astype(np.uint8))
+
+
+def drawable(letter):
+    """The letter, or the end of its name in Unicode where the font lacks it: e for é, ya for я."""
+    if bytes(LARGE.getmask(letter)) != bytes(LARGE.getmask('\U0010ffff')):  # the sign for no sign
+        return letter
+    name = unicodedata.name(letter, '?').split(' WITH')[0]  # LATIN SMALL LETTER E WITH ACUTE
+    return name.replace('-', ' ').split()[-1].lower()
 
 
 def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
     """One picture for a caption: the image, then for each word the image under its attention.
 
-    image: PIL picture; words: T strings; alphas (>= T, L) and betas (>= T,) from a Hypothesis, or
-    None for a model without attention, which leaves the image and the caption; grid: (rows,
-    columns) of the L locations. Each panel has its word and the gate beta (section 4.2.1).
+    image: PIL picture; words: T strings; alphas (>= T, L) and betas (>= T,), the gates, from a
+    Hypothesis, or None for a model without attention; grid: (rows, columns) of the L locations.
     """
     shape = min(max(image.height / image.width, 0.5), 2)  # very long pictures are squeezed
     image = image.resize((PANEL, round(PANEL * shape)), Image.BICUBIC)
-    panels = [(image, '' if words else '(no words)', '')]
-    if alphas is None:
-        panels = [(image, ' '.join(words), '')]
-    else:
-        panels += [(under_attention(image, attention_map(alpha, grid, image.size)), word,
-                    f'beta {beta:.2f}') for word, alpha, beta in zip(words, alphas, betas)]
-    big, small = ImageFont.load_default(20), ImageFont.load_default(13)
-    across, down = min(len(panels), columns), -(-len(panels) // columns)
-    width = max(across * (PANEL + GAP), round(big.getlength(panels[0][1])) + GAP) + GAP
-    height = image.height + LABEL + GAP
-    sheet = Image.new('RGB', (width, down * height + GAP), 'white')
+    words = [''.join(map(drawable, unicodedata.normalize('NFC', word))) for word in words]
+    panels = [(image, ' '.join(words) if alphas is None else '', '')]
+    for word, alpha, beta in zip(words, alphas, betas) if alphas is not None else []:
+        look = under_attention(image, attention_map(alpha, grid, image.size))
+        panels.append((look, word, f'beta {beta:.2f}'))
+    width, height, down = PANEL + GAP, image.height + LABEL + GAP, -(-len(panels) // columns)
+    sheet = Image.new('RGB', (columns * width + GAP, down * height + GAP), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, (panel, word, beta) in enumerate(panels):
-        x, y = GAP + i % columns * (PANEL + GAP), GAP + i // columns * height
-        draw.text((x + 2, y + LABEL - 6), word, 'black', big, anchor='ls')
-        draw.text((x + PANEL - 2, y + LABEL - 6), beta, 'grey', small, anchor='rs')
-        sheet.paste(panel, (x, y + LABEL))
+        x, y = GAP + i % columns * width, GAP + i // columns * height + LABEL
+        font = SMALL if beta and len(word) > 15 else LARGE
+        draw.text((x, y - 6), word, 'black', font, anchor='ls')
+        draw.text((x + PANEL, y - 6), beta, 'grey', SMALL, anchor='rs')
+        sheet.paste(panel, (x, y))
     return sheet
 
 
-def newest_checkpoint():
-    """The best.pt that was written last below runs/, or the model that comes with this file.
-
-    Raises UserError where there is neither.
-    """
-    found = sorted(Path('runs').glob('*/best.pt'), key=lambda path: path.stat().st_mtime)
-    path = found[-1] if found else Path(__file__).with_name('pretrained') / 'soft.pt'
-    if not path.exists():
-        raise UserError(f'there is no trained model in runs/, and no {path}: train one with '
-                        '"python train.py", or name one with --checkpoint')
-    return path
+def draw_page(path, drawings):
+    """Save one picture of several: for each a path or pixels, then `draw_attention`'s arguments."""
+    sheets = [draw_attention(open_image(source), *rest) for source, *rest in drawings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.vstack(sheets)).save(path, compress_level=1)  # fast, a tenth more bytes
 
 
-def image_paths(names):
-    """Files and folders -> the image files, those of a folder in order of name."""
-    paths = []
-    for path in map(Path, names):
-        if not path.is_dir():
-            paths.append(path)
-            continue
-        inside = [p for p in path.iterdir() if is_image(p.name) and '.attention.' not in p.name]
-        if not inside:
-            raise UserError(f'the folder {path} has no images')
-        paths += sorted(inside)
-    return paths
+def pick_device(name=''):
+    """Device by name, or the best there is: cuda, mps or cpu. Raises UserError without it."""
+    name = name or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name} cannot be used here: {str(error)[:100]}') from None
+
+
+def checkpoint_in(run, resume=False):
+    """The checkpoint that a run's folder means: best.pt, or last.pt to go on with; or a file."""
+    return Path(run) / ('last.pt' if resume else 'best.pt') if Path(run).is_dir() else Path(run)
+
+
+def images_in(path):
+    """A file, or the images of a folder and its folders; says how many other files are there."""
+    if ':/' in str(path):
+        raise UserError(f'{path} is an address: save the image, and give the name of its file')
+    if not path.is_dir():
+        return [path]
+    files = [x for x in sorted(path.rglob('[!.]*')) if x.is_file() and '.attention.' not in x.name]
+    images = list(filter(is_image, files))
+    others = f'{len(files) - len(images)} files that Pillow does not know (convert HEIC to JPEG)'
+    if not images:
+        raise UserError(f'the folder {path} has no images, and {others}')
+    if len(images) < len(files):
+        print(f'left out of {path}: {others}', file=sys.stderr)
+    return images
 
 
 def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.')
-    parser.add_argument('images', nargs='+', help='image files or folders of images')
-    parser.add_argument('--checkpoint', help='trained model (default: the newest '
-                        'runs/*/best.pt, or else pretrained/soft.pt)')
-    parser.add_argument('--top', type=int, default=1, help='captions for each image, at most beam')
-    parser.add_argument('--beam', type=int, help='beam size (default: as in training)')
-    parser.add_argument('--length-penalty', type=float,
-                        help='order captions by log p / length ** this (default: as in training)')
-    parser.add_argument('--max-len', type=int, default=30, help='most words in a caption')
-    parser.add_argument('--hard-decode', choices=('argmax', 'expected'),
-                        help='context of hard attention (default: as in training)')
-    parser.add_argument('--out', help='folder for the pictures (default: beside each image)')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of text')
-    parser.add_argument('--batch-size', type=int, default=25, help='images captioned at once')
-    parser.add_argument('--device', default='', help='cpu, cuda or mps (default: the best)')
+    add = parser.add_argument
+    add('images', nargs='+', type=Path, help='image files, or folders of images')
+    add('--checkpoint', default=Path(__file__).with_name('pretrained') / 'soft.pt',
+        help='trained model: a file, or a folder such as runs/NAME [pretrained/soft.pt]')
+    add('--explain', action='store_true', help='say how each word came about (not with --json)')
+    add('--top', type=int, default=1, help='captions for each image, at most beam [1]')
+    add('--beam', type=int, help='beam size [as in training]')
+    add('--length-penalty', type=float, help='order by log p / length ** this [as in training]')
+    add('--max-len', type=int, default=30, help='most words in a caption [30]')
+    add('--hard-decode', choices=('argmax', 'expected'), help='hard attention [as in training]')
+    add('--out', help='folder for the pictures [beside each image]')
+    add('--json', action='store_true', help='print JSON instead of text')
+    add('--batch-size', type=int, default=25, help='images captioned at once [25]')
+    add('--device', default='', help='cpu, cuda or mps [the best there is]')
     args = parser.parse_args()
-    if min(args.top, args.max_len, args.batch_size) < 1:
-        raise UserError('--top, --max-len and --batch-size must be at least 1')
+    if any(x is not None and x < 1 for x in (args.top, args.beam, args.max_len, args.batch_size)):
+        raise UserError('--top, --beam, --max-len and --batch-size must be at least 1')
     return args
 
 
-def read_images(paths, size):
-    """Load images -> paths and tensor (B, 3, size, size) of those that can be, other problems."""
-    good, images, problems = [], [], []
-    for path in paths:
-        try:
-            images.append(load_image(path, size))
-            good.append(path)
-        except UserError as error:
-            problems.append(str(error))
-    return good, torch.from_numpy(np.stack(images)) if images else None, problems
+def explain(captioner, a, best, vocabulary, encoder):
+    """Print the shapes that an image's a (1, L, D) took, and how each word of its caption came."""
+    captions = torch.tensor([[START, *best.tokens]], device=a.device)  # (1, T+1)
+    logits, (keys, _, (h, _)) = captioner(a, captions).logits, captioner.start(a)
+    side, shapes = encoder.image_size, [tuple(x.shape[1:]) for x in (a, keys, h, logits)]
+    print('  picture {}, a {}, keys {}, h {}, logits {}'.format((3, side, side), *shapes))
+    cells = 'beta  weight at row,column from 0' if best.alphas is not None else ''
+    print(f'  word         p     {cells:34}  p of the likeliest words')
+    for t, (token, p) in enumerate(zip(best.tokens, logits[0].softmax(dim=1))):  # p (V,)
+        p[[PAD, START, UNK]] = 0  # which beam search never says
+        if best.alphas is not None:
+            cells = f'{best.betas[t]:.2f}'
+            for i in best.alphas[t].argsort()[:-4:-1]:
+                cells += f'  {best.alphas[t, i]:.2f} {i // encoder.grid[1]},{i % encoder.grid[1]}'
+        words = '  '.join(f'{x:.2f} {vocabulary.all[i]:8}' for x, i in zip(*p.topk(3)))
+        print(f'  {vocabulary.all[token]:11}  {p[token]:.2f}  {cells:34}  {words}'[:100].rstrip())
 
 
-def picture_path(path, out, taken):
-    """Where path's picture goes: in the folder `out` or beside it, under a name not yet taken."""
-    picture, number = Path(out or path.parent) / f'{path.stem}.attention.png', 2
-    while picture in taken:  # photo.jpg and photo.png, or images of one name in several folders
-        picture, number = picture.with_name(f'{path.stem}.{number}.attention.png'), number + 1
-    taken.add(picture)
-    return picture
-
-
-def save_picture(path, picture, *drawing):
-    """Draw path's attention and save it. Raises UserError where it cannot be written."""
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        # The lightest compression: four times as fast for a tenth more bytes.
-        draw_attention(open_image(path), *drawing).save(picture, compress_level=1)
-    except OSError as error:
-        raise UserError(f'cannot write {picture} ({error.strerror}): name a folder for the '
-                        'pictures with --out') from None
-
-
+@torch.no_grad()
 def main():
     """Caption all images in batches, print as they come, and draw."""
-    args = parse_arguments()
-    checkpoint = args.checkpoint or newest_checkpoint()
-    device = pick_device(args.device)
+    args, problems, results, drawings, pool = parse_arguments(), [], [], {}, ThreadPoolExecutor()
+    checkpoint, device = checkpoint_in(args.checkpoint), pick_device(args.device)
     captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device, args.hard_decode)
-    beam = settings['beam'] if args.beam is None else args.beam
+    beam = args.beam or settings['beam']
     penalty = settings['length_penalty'] if args.length_penalty is None else args.length_penalty
-    check_beam(beam, vocabulary)
-    print(f'model: {checkpoint}', file=sys.stderr)
-    paths, results, problems, taken = image_paths(args.images), [], [], set()
-    batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
-    with ThreadPoolExecutor() as pool:  # pictures are drawn while the next images are captioned
-        drawings = []
-        for _, (batch, images, broken) in ahead(batches, partial(read_images,
-                                                                 size=encoder.image_size)):
-            problems += broken
-            if not batch:
-                continue
-            with torch.inference_mode():
-                found = captioner.beam_search(encoder(images.to(device)), beam, args.max_len,
-                                              penalty)
-            for path, hypotheses in zip(batch, found):
-                captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)),
-                             'log_prob': h.log_prob} for h in hypotheses[:args.top]]
-                best, picture = hypotheses[0], picture_path(path, args.out, taken)
-                results.append({'image': str(path), 'captions': captions, 'picture': str(picture)})
-                drawings.append(pool.submit(save_picture, path, picture,
-                                            vocabulary.decode(best.tokens), best.alphas,
-                                            best.betas, encoder.grid))
-                for c in captions:
-                    log_prob = f"  ({c['log_prob']:.2f})" if args.top > 1 else ''
-                    if not args.json:
-                        print(f"{path}: {c['caption']}{log_prob}")
-    for result, drawing in zip(results, drawings):
-        try:
-            drawing.result()
-        except UserError as error:
-            problems.append(str(error))
-            del result['picture']
+    print(f'model: {checkpoint} (--checkpoint names another)', file=sys.stderr)
+
+    def readable(paths):
+        """Yield (path, pixels) of the images that can be read; the others do not stop them."""
+        for path in paths:
+            try:
+                yield path, load_image(path, encoder.image_size)
+            except UserError as error:
+                problems.append(str(error))
+    images = readable([path for place in args.images for path in images_in(place)])
+    while batch := list(islice(images, args.batch_size)):
+        a = encoder(torch.from_numpy(np.stack([x for _, x in batch])).to(device))  # (B, L, D)
+        found = captioner.beam_search(a, beam, args.max_len, penalty)
+        for i, ((path, _), (best, *others)) in enumerate(zip(batch, found)):
+            picture = Path(args.out or path.parent) / f'{path.stem}.attention.png'
+            while picture in drawings:  # photo.jpg and photo.png, or of several folders
+                picture = picture.with_name(f'_{picture.name}')
+            drawing = path, vocabulary.decode(best.tokens), best.alphas, best.betas, encoder.grid
+            drawings[picture] = pool.submit(draw_page, picture, [drawing])  # in the background
+            captions = [{'caption': ' '.join(vocabulary.decode(h.tokens)),
+                         'log_prob': h.log_prob} for h in (best, *others)[:args.top]]
+            results.append({'image': str(path), 'captions': captions, 'picture': str(picture)})
+            for c in captions if not args.json else []:
+                print(f"{path}: {c['caption']}" + f"  ({c['log_prob']:.2f})" * (args.top > 1))
+            if args.explain and not args.json:
+                explain(captioner, a[i:i + 1], best, vocabulary, encoder)
+    problems += [f'cannot write {picture} ({x.exception()}): name another folder with --out'
+                 for picture, x in drawings.items() if x.exception()]
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     if problems:
