@@ -280,13 +280,12 @@ def draw_scene(rng, unseen, side=64):
 
 
 def describe(objects, ground, rng):
-    """One of the many captions that a person could give to a scene."""
+    """One of the captions that people could give a scene, in an order that attention can follow."""
     def phrase(o):
         words = f'{o.colour} {rng.choice(SHAPES[o.shape])}'
         return f'{rng.choice(SIZES[o.size])} {words}' if rng.random() < 0.6 else words
 
-    # 'large' before 'small', then from the left: so attention knows where the next object will be.
-    order = sorted(objects, key=lambda o: (o.size, o.box[0]))
+    order = sorted(objects, key=lambda o: (o.size, o.box[0]))  # 'large' first, then from the left
     phrases = [phrase(o) for o in order]
     words = dict(zip('abc', (f'an {x}' if x[0] in 'aeiou' else f'a {x}' for x in phrases)))
     middles = [((o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2) for o in order]
@@ -434,6 +433,9 @@ def read_table(path, problems):
         row = next(csv.reader([line[:99999]], delimiter=mark, skipinitialspace=True))
         return [field.strip() for field in row]
 
+    def words(x):  # in a field, but none in an image's name or a split's
+        return 0 if is_image(x) or x.lower() in SPLITS else sum(map(str.isalpha, x.split()))
+
     def beside(c):  # the columns but c, counted from both ends: marks in a caption may part it
         return [*range(c), *range(c + 1 - width, 0)] or [0]
 
@@ -442,16 +444,18 @@ def read_table(path, problems):
     text = re.sub(r'(?m)^([^|\n]+\|\s*\d+)\s\s+(?=\w)', r'\1| ', text)  # a line of Flickr30k's
     text = re.sub(r'(?m)^2258277193_586949ec62\.jpg\.1\t.*', '', text)  # Flickr8k has no such image
     lines = {n: line for n, line in enumerate(re.split('\r\n?|\n', text), 1) if line.strip()}
-    sample = list(lines.values())[:1000] or ['']
-    mark = max('\t|;,', key=lambda x: sum(
-        len(row) > 1 and any(map(is_image, row)) for row in (fields(line, x) for line in sample)))
-    some = [fields(line, mark) for line in sample]
+    head = list(lines.values())[:1000] or ['']
+    mark = max('\t|;,', key=lambda x: sum(max(  # the one that parts most from images' names
+        (len(line) - len(y) for y in fields(line, x) if is_image(y)), default=0) for line in head))
+    some = [fields(line, mark) for line in head]
     titled = not any(map(is_image, some[0])) and len(some[0]) > 1
-    width = len(some[0]) if titled else min((len(row) for row in some if row[1:]), default=1)
+    width = len(some[0]) if titled else min((
+        min(len(row), 1 + sum(not words(x) for x in row)) for row in some
+        if len(row) > 1 and any(map(is_image, row))), default=1)
     some = [row for row in some[titled:] if len(row) >= width]
     caption = max(range(width), key=lambda c: (
         sum(any(is_image(row[i]) for i in beside(c)) for row in some),
-        sum(sum(map(str.isalpha, row[c].split())) for row in some if not is_image(row[c]))))
+        sum(words(row[c]) for row in some)))
     image = max(beside(caption), key=lambda c: sum(is_image(row[c]) for row in some))
     split = [c for c in beside(caption) if all(row[c].lower() in SPLITS for row in some)][:1]
     rows = []
@@ -523,8 +527,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     folder, problems, on_disk = Path(root) / name, [], {}
     files = list_files(name, folder)
     for path in filter(is_image, files):
-        twin = on_disk.setdefault(plain(path), path)
-        if twin != path:
+        if (twin := on_disk.setdefault(plain(path), path)) != path:
             raise UserError(f'{twin} and {path} have the same name: keep one of them in {folder}')
     if not on_disk:
         raise UserError(f'{folder} has no images: put them there (Flickr30k comes by a form at '
@@ -537,8 +540,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
             said[SPLITS.get((split or part).lower(), split)][image] = True
     said, how = divide(said, splits, files, problems)
     print(f'{name}: captions of {", ".join(map(str, paths))}; split: {how}')
-    found = {split: [] for split in splits  # without those that are not on this machine
-             if how.startswith('drawn') or on_disk.keys() & set(said.get(split, ()))}
+    found = {x: [] for x in splits if how[:5] == 'drawn' or on_disk.keys() & set(said.get(x, ()))}
     for split in found:
         for image in said[split]:
             path = on_disk.get(image)

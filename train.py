@@ -127,7 +127,7 @@ def parse_settings():
         content = read_checkpoint(path)
         if first.resume and 'training' not in content:
             raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
-        saved = content['settings']
+        saved = {'input_dropout': 0.0} | content['settings']  # older checkpoints lack it
         kept = set(saved) - set(MACHINE) if first.resume or first.eval else MODEL
         parser.set_defaults(**{name: saved[name] for name in kept})
         fixed = MODEL + (('data', 'optimizer', 'batch_size', 'seed') if first.resume else ())
@@ -445,10 +445,10 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
             state.update(best=row['val BLEU-4'], best_epoch=epoch)
             if not RANK:
                 save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
-        if not RANK:  # first what must not be lost
-            save_last()
+        if not RANK:  # a run that is killed between these two logs the epoch anew
             print(f'epoch {epoch + 1}/{cfg.epochs}', *(f' {key} {x:.3f}' for key, x in row.items()))
             log_epoch(folder, head, epoch + 1, row, model, splits['val'], found)
+            save_last()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
