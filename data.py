@@ -194,6 +194,8 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     with suppress(FileNotFoundError, ValueError, EOFError):  # it is not there, or not all of it
         return np.load(path, mmap_mode='r')
+    if encode:  # before any work: an exported CNN may take no batch of this size
+        encode(torch.zeros(min(32, len(sources)), 3, size, size))
     if not drawn and (broken := broken_images(sources)):  # before hours of computing
         raise UserError(f'{next(iter(broken.values()))} (one of {len(broken)})')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -540,7 +542,8 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
             said[SPLITS.get((split or part).lower(), split)][image] = True
     said, how = divide(said, splits, files, problems)
     print(f'{name}: captions of {", ".join(map(str, paths))}; split: {how}')
-    found = {x: [] for x in splits if how[:5] == 'drawn' or on_disk.keys() & set(said.get(x, ()))}
+    found = {x: [] for x in splits
+             if x in said and (how[:5] == 'drawn' or on_disk.keys() & set(said[x]))}
     for split in found:
         for image in said[split]:
             path = on_disk.get(image)
@@ -561,7 +564,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     if problems:
         print(f'left out {len(problems)} bad captions and images, such as: {problems[0]}')
     if not any(found.values()):
-        raise UserError(f'{folder} has none of the images that its captions name')
+        raise UserError(f'{folder} has no image of {", ".join(splits)} that its captions name')
     return {split: part for split, part in found.items() if part}
 
 

@@ -40,7 +40,7 @@ def under_attention(image, weights):
 
 
 def drawable(letter):
-    """The letter, or the end of its name in Unicode where the font lacks it: e for é, ya for я."""
+    """The letter, or the end of its Unicode name where the font lacks it: e for é, ya for я."""
     if bytes(LARGE.getmask(letter)) != bytes(LARGE.getmask('\U0010ffff')):  # the sign for no sign
         return letter
     name = unicodedata.name(letter, '?').split(' WITH')[0]  # LATIN SMALL LETTER E WITH ACUTE

@@ -139,6 +139,8 @@ def parse_settings():
     for name in fixed:
         if getattr(cfg, name) != saved[name]:
             raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in {path}: leave it out')
+    if not 0 <= min(cfg.dropout, cfg.input_dropout) <= max(cfg.dropout, cfg.input_dropout) < 1:
+        raise UserError('--dropout and --input-dropout must be from 0 to below 1')
     if cfg.attn == 'hard' and cfg.warm_up >= cfg.epochs and not args.eval:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
     return cfg, args, path, content
@@ -239,8 +241,7 @@ def caption_images(model, examples, images, cfg):
     return found, references, hypotheses, float(100 * hits / nouns) if nouns else None
 
 
-# Table 1 of the paper: BLEU-1..4, METEOR.
-PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),
+PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),  # table 1: BLEU-1..4, METEOR
          ('flickr8k', 'soft'): (67, 44.8, 29.9, 19.5, 18.93),
          ('flickr8k', 'hard'): (67, 45.7, 31.4, 21.3, 20.30),
          ('flickr30k', 'none'): (66.3, 42.3, 27.7, 18.3, None),
@@ -427,8 +428,7 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
                     saved = time.time()
             if stopping:
                 wait()  # a rank that ends before would have rank 0 killed
-                print(f'\nstopped; go on with: python train.py --resume {folder} (and this '
-                      "machine's flags, such as --data-dir and --amp)")
+                print(f'\nstopped; go on with: python train.py --resume {folder} (--data-dir, ..)')
                 sys.exit(130)
 
         speed = sum(map(len, batches[first:])) / (time.time() - began)
