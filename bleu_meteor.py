@@ -32,7 +32,7 @@ def split_chunk(chunk, punctuation):
     for ch in set(chunk) - set('\u058a\u2010\u2011\u066b\u066c'):  # hyphens, Arabic decimal signs
         if not ch.isascii() and unicodedata.category(ch)[0] not in 'LMN':  # no letter or number
             chunk = chunk.replace(ch, f' {ch} ')  # but a mark, which stands alone
-    # So does a full stop, but not that of u.s., which NLTK would split off at the very end.
+    # So does a full stop, but not those of u.s.: behind a last ' .', which goes, NLTK keeps them.
     chunk = re.sub(r'(?<![\s.][a-z])(?<!\.)\.(?=[^\w.]|$)', ' .', ' ' + chunk)
     return [w for w in nltk.NLTKWordTokenizer().tokenize(chunk + ' .')[:-1]
             if punctuation or any(ch.isalnum() or ch in SYMBOLS for ch in w)]

@@ -539,7 +539,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
         read = read_json if path.suffix.lower() == '.json' else read_table
         for image, text, split in read(path, problems):
             captions[image].append(text)
-            said[SPLITS.get((split or part).lower(), split)][image] = True
+            said[SPLITS.get((split or part).lower(), split)][image] = True  # a set in order
     said, how = divide(said, splits, files, problems)
     print(f'{name}: captions of {", ".join(map(str, paths))}; split: {how}')
     found = {x: [] for x in splits

@@ -112,9 +112,9 @@ class Encoder(nn.Module):
     """CNN that turns an image into annotation vectors a = {a_1 .. a_L}, paper section 3.1.1.
 
     name        'tiny', a torchvision classification CNN, or the path of a .pt2 file (torch.export)
-                that maps ImageNet-normalised images (B, 3, H, W) to a map (B, D, h, w)
+                that makes ImageNet-normalised images a map (B, D, rows, columns)
     image_size  pixels; images are squares of this side
-    trainable   whether the CNN learns; a frozen one stays in evaluation mode for ever
+    trainable   whether the CNN learns (None: tiny alone); a frozen one stays in evaluation mode
 
     .grid is (rows, columns) with rows * columns = L, .feature_dim is D, and .key names the weights
     of a frozen CNN. Raises UserError where the CNN cannot be had or gives no map.
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         return self
 
     def features(self, images):
-        """Normalised images (B, 3, H, W) -> the map (B, D, rows, columns), or a UserError."""
+        """Normalised images (B, 3, ..) -> the map (B, D, rows, columns), or a UserError."""
         try:  # channels last is the faster layout for convolutions, and what flattening wants
             features = self.cnn(images.contiguous(memory_format=torch.channels_last))
             B, D, rows, columns = features.shape
@@ -190,7 +190,7 @@ class Encoder(nn.Module):
         return features
 
     def forward(self, images):
-        """Images (B, 3, H, W), uint8 or float in 0..1 -> annotation vectors a (B, L, D)."""
+        """Images (B, 3, ..), uint8 or float in 0..1 -> annotation vectors a (B, L, D)."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):

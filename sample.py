@@ -24,7 +24,7 @@ LARGE, SMALL = ImageFont.load_default(20), ImageFont.load_default(13)  # Pillow'
 
 
 def attention_map(alpha, grid, size):
-    """Weights alpha (L,) -> smooth array of `size` (width, height), 1 where they are largest."""
+    """Weights alpha (L,), size (width, height) -> smooth (height, width), 1 where largest."""
     alpha = np.asarray(alpha, dtype=np.float32).reshape(grid)
     small = Image.fromarray((255 * alpha / alpha.max()).astype(np.uint8))
     blur = ImageFilter.GaussianBlur(max(size) / max(grid) / 3)

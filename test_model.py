@@ -378,10 +378,9 @@ def test_wide_beam_equals_exhaustive_search():
     sentences = [(*x, END) for n in range(3) for x in itertools.product((4, 5, 6), repeat=n)]
     for n, found in enumerate(captioner.beam_search(a, 60, max_len=3)):
         scores = {x: forced(captioner, a[n:n + 1], x)[0].item() for x in sentences}
-        ended = [h for h in found if h.tokens[-1] == END]
-        assert [tuple(h.tokens) for h in ended] == sorted(scores, key=scores.get, reverse=True)
-        assert [h.log_prob for h in ended] == pytest.approx(sorted(scores.values(), reverse=True),
-                                                            abs=1e-5)
+        ranked, found = sorted(scores, key=scores.get, reverse=True), found[:len(scores)]
+        assert [tuple(h.tokens) for h in found] == ranked  # before those cut at max_len
+        assert [h.log_prob for h in found] == pytest.approx([scores[x] for x in ranked], abs=1e-5)
 
 
 @on_every_device
@@ -599,6 +598,7 @@ def test_vocabulary_and_batches():
     batches = data.length_batches(lengths, 32, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(500))
     assert all(len(set(lengths[b])) == 1 and len(b) <= 32 for b in batches)
+    assert len(batches) == sum(-(-n // 32) for n in np.bincount(lengths))
     assert [list(b) for b in batches] != sorted(map(list, batches))
     found = list(data.ahead([3, 1, 2], lambda x: begun.append(x) or x * 10))
     assert found == [(3, 30), (1, 10), (2, 20)] and begun == [3, 1, 2]
@@ -1415,9 +1415,8 @@ def test_two_processes_train_like_one(here):
         close(two[name], one[name], atol=1e-5, rtol=1e-4)
 
 
-def test_shapes_are_learned_and_told_where_they_are(tmp_path, monkeypatch, command):
+def test_shapes_are_what_is_learned_where_nothing_else_is_said(here, monkeypatch, command):
     make, made = data.make_shapes, []
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, 'make_shapes', lambda n, *rest: made.append(n) or make(20, *rest))
     status, out, err = command('train.py', '--epochs', '1', '--device', 'cpu')
     assert status == 0 and made == [7000, 200, 400, 400], err
@@ -1461,9 +1460,8 @@ def test_a_run_goes_on_and_is_scored_on_another_machine(here, command):
     assert line[3:] == row[4:8] and float(line[3]) > 0
 
 
-def test_own_pictures_and_captions_and_a_model_to_go_on_from(tmp_path, monkeypatch, command):
-    monkeypatch.chdir(tmp_path)
-    name, mine = 'ein gro\u00dfer Hund.jpg', tmp_path / 'data' / 'mine'
+def test_own_pictures_and_captions_and_a_model_to_go_on_from(here, command):
+    name, mine = 'ein gro\u00dfer Hund.jpg', here / 'data' / 'mine'
     captions = ['dog', 'Ein gro\u00dfer Hund auf der Stra\u00dfe .', '\u4e00\u53ea\u72d7',
                 ' '.join(f'word{i}' for i in range(60)), '. . .']
     make_pictures(mine, [name])  # one image is for training, validation and test
@@ -1675,6 +1673,8 @@ def test_a_drawing_has_a_panel_for_each_word(tmp_path):
     for T, across, down in ((0, 1, 1), (1, 2, 1), (11, 6, 2), (12, 6, 3)):
         sheet = draw_attention(image, ['dog'] * T, alphas, np.ones(13), (2, 2))
         assert panels(sheet) == (across, down) and sheet.width > 6 * PANEL
+    lit = np.asarray(sheet)[66, 236 + np.array([PANEL // 4, 3 * PANEL // 4]), 0]
+    assert lit[0] > 200 and lit[1] < 100  # the first word's panel, left and right
     weights = attention_map(np.eye(24)[8], (4, 6), (224, 224))  # it looks at the cell 1,2
     y, x = np.unravel_index(weights.argmax(), weights.shape)
     assert abs(y - 84) < 6 and abs(x - 93) < 6 and weights.max() == 1 and weights[-1, -1] < 0.1

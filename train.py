@@ -83,7 +83,7 @@ class Settings:
     batch_size: int = setting(64, 'captions in a batch')
     epochs: int = setting(5, 'epochs at most')
     patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
-    clip: float = setting(5.0, 'largest norm of the gradient')
+    clip: float = setting(5.0, 'largest norm of the gradient, of decoder and CNN each')
     seed: int = setting(0, 'seed of weights, dropout, batches and samples')
     amp: bool = setting(False, 'multiply in 16 bits where that is safe (torch.autocast)')
     compile: bool = setting(False, 'compile the step of the decoder (torch.compile)')
@@ -226,8 +226,8 @@ def caption_images(model, examples, images, cfg):
         for i in range(0, len(mine), 25):
             rows = read_rows(images, mine[i:i + 25], encoder.mean.device)
             a = (encoder(rows) if encoder.trainable else rows).float()  # (B, L, D)
-            hypotheses = captioner.beam_search(a, cfg.beam, cfg.max_len, cfg.length_penalty)
-            found += [best for best, *_ in hypotheses]
+            beams = captioner.beam_search(a, cfg.beam, cfg.max_len, cfg.length_penalty)
+            found += [best for best, *_ in beams]
     if WORLD > 1:
         parts = [None] * WORLD
         dist.all_gather_object(parts, found)
@@ -363,7 +363,7 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
     if cfg.compile:
         captioner.step = torch.compile(captioner.step)
     decoder, cnn = captioner, encoder
-    if WORLD > 1:  # an RNN has no use for c_0
+    if WORLD > 1:  # an RNN does not use f_init_c, which DistributedDataParallel must know
         torch._dynamo.config.optimize_ddp = False  # it would split a compiled step
         decoder = DistributedDataParallel(captioner, find_unused_parameters=cfg.cell == 'rnn')
         cnn = DistributedDataParallel(encoder) if encoder.trainable else encoder
@@ -428,7 +428,7 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
                     saved = time.time()
             if stopping:
                 wait()  # a rank that ends before would have rank 0 killed
-                print(f'\nstopped; go on with: python train.py --resume {folder} (--data-dir, ..)')
+                print(f'\nstopped; go on with: python train.py --resume {folder} (--amp .. again)')
                 sys.exit(130)
 
         speed = sum(map(len, batches[first:])) / (time.time() - began)
@@ -441,7 +441,7 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
         row |= {'captions/s': speed} if point is None else {'pointing': point, 'captions/s': speed}
         state.update(epoch=epoch + 1, step=0, totals={})
         # Where sampling begins the model is another one: what was best before is forgotten.
-        if row['val BLEU-4'] > state['best'] or cfg.attn == 'hard' and epoch == cfg.warm_up:
+        if row['val BLEU-4'] > state['best'] or (cfg.attn == 'hard' and epoch <= cfg.warm_up):
             state.update(best=row['val BLEU-4'], best_epoch=epoch)
             if not RANK:
                 save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
