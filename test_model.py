@@ -53,6 +53,7 @@ from train import Settings, batch_loss
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / 'shared'
+nltk.data.path.insert(0, str(SHARED / 'nltk_data'))
 torch.set_num_threads(1)  # the models here are so small that more threads only wait
 needs_shared = pytest.mark.skipif(not (SHARED / 'encoders').is_dir(),
                                   reason=f'needs the folder {SHARED} with data and WordNet')
@@ -1144,9 +1145,8 @@ def test_bleu_equals_nltks_corpus_bleu_and_coco_captions(monkeypatch):
 
 
 @needs_shared
-def test_meteor_has_the_parameters_of_meteor_1_5(monkeypatch):
+def test_meteor_has_the_parameters_of_meteor_1_5():
     """One exact match of two, in one chunk of one: F = P R / (.85 P + .15 R), penalty .6."""
-    monkeypatch.setattr(nltk.data, 'path', [str(SHARED / 'nltk_data')])
     P, R = 1 / 2, 1 / 4
     expected = 100 * P * R / (0.85 * P + 0.15 * R) * (1 - 0.6 * (1 / 1) ** 0.2)
     assert meteor([[['dog', 'q1', 'q2', 'q3']]], [['dog', 'p1']]) == pytest.approx(expected)

@@ -437,8 +437,8 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
         found, references, hypotheses, point = caption_images(model, splits['val'], images['val'],
                                                               cfg)
         row = {key: float(mean_over_ranks(x)) / len(batches) for key, x in state['totals'].items()}
-        row['val BLEU-4'] = bleu(references, hypotheses)[3]
-        row |= {'captions/s': speed} if point is None else {'pointing': point, 'captions/s': speed}
+        row |= {'val BLEU-4': bleu(references, hypotheses)[3], 'captions/s': speed}
+        row |= {'pointing': point or 0.0} if cfg.data == 'shapes' else {}
         state.update(epoch=epoch + 1, step=0, totals={})
         # Where sampling begins the model is another one: what was best before is forgotten.
         if row['val BLEU-4'] > state['best'] or (cfg.attn == 'hard' and epoch <= cfg.warm_up):
