@@ -2,8 +2,7 @@
 
 Two score functions (additive and dot-product), two contexts (soft and hard), and the two extra
 terms of the loss (doubly stochastic attention, REINFORCE). Nothing here knows of words or files.
-Paper sections 3.1.2 (weights), 4.1 (hard), 4.2 (soft). Letters: B batch, L locations, D feature
-size, A attention size, H hidden, T time steps.
+Paper sections 3.1.2 (weights), 4.1 (hard), 4.2 (soft). model.py explains the letters of shapes.
 
 Several captions may look at one image (beams, samples). Then h, alpha and z have N = n * B rows, n
 in turn for each image, while keys and a have their B rows: nothing is copied. Otherwise N is B.
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 
-# ---------------------------------------------------------------- scores and weights, eq. (4), (5)
 class BahdanauAttention(nn.Module):
     """Additive scores e_ti = v^T tanh(W_a a_i + W_h h_{t-1}), alpha_t = softmax(e_t): eq. (4), (5).
 
@@ -52,9 +50,7 @@ class DotAttention(nn.Module):
         self.W_a = nn.Linear(feature_dim, attn_dim)
         self.W_h = nn.Linear(hidden_dim, attn_dim)
 
-    def project(self, a):
-        """Annotation vectors a (B, L, D) -> keys W_a a (B, L, A)."""
-        return self.W_a(a)
+    project = BahdanauAttention.project
 
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
@@ -63,7 +59,6 @@ class DotAttention(nn.Module):
         return torch.softmax(e.flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L)
 
 
-# ------------------------------------------------------------------------------------- contexts
 def soft_context(alpha, a):
     """Expected context z = sum_i alpha_i a_i: eq. (13). (N, L), (B, L, D) -> (N, D)."""
     return (alpha.view(len(a), -1, a.shape[1]) @ a).flatten(0, 1)
@@ -90,7 +85,6 @@ def hard_context(alpha, a, s=None, soft=None):
     return z, log_p_s
 
 
-# ------------------------------------------------------------------------- terms of the loss
 def doubly_stochastic(alphas):
     """How far each location's weights are from summing to 1 over the words: eq. (14).
 

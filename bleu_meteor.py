@@ -49,7 +49,6 @@ def tokenize(caption, punctuation=False):
 
 
 def ngrams(words, n):
-    """Counter of the n-grams in a list of words."""
     return Counter(zip(*(words[i:] for i in range(n))))
 
 

@@ -37,7 +37,7 @@ class UserError(Exception):
     """Something that the user can put right; its text says what is wrong and what to do."""
 
 
-# --------------------------------------------------------------------- images, captions, vocabulary
+# ------------------------------------------------------------ images, captions, vocabulary, batches
 # A drawn object of the shapes set; box is (left, top, right, bottom) in 0..1 of the image.
 Object = namedtuple('Object', 'shape colour size box')
 # An image (a path, or the drawn pixels (H, W, 3) themselves), its captions, the objects of a drawn
@@ -72,7 +72,6 @@ class Vocabulary:
         return [self.all[int(i)] for i in ids if int(i) not in (PAD, START, END)]
 
 
-# ------------------------------------------------------------------------------------------ batches
 def length_batches(lengths, batch_size, rng):
     """Shuffled batches of captions of one length, paper section 4.3: no padding and no masks.
 
@@ -86,15 +85,6 @@ def length_batches(lengths, batch_size, rng):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def ahead(batches, read):
-    """Yield (batch, read(batch)) for each batch; a thread reads the next one meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(read, batch) for batch in batches[:1]]
-        for i, batch in enumerate(batches):
-            coming += [pool.submit(read, batch) for batch in batches[i + 1:i + 2]]
-            yield batch, coming.pop(0).result()
-
-
 def to_device(tensor, device):
     """The tensor on the device. A GPU fetches it from pinned memory while the CPU goes on."""
     if device.type == 'cuda':
@@ -103,17 +93,10 @@ def to_device(tensor, device):
 
 
 def read_rows(array, index, device):
-    """Rows of what `cache_arrays` or `to_gpu` returns, on the device; index: array of integers."""
+    """Rows of an array, or of a tensor on the device, as a tensor there; index: integers (N,)."""
     if isinstance(array, torch.Tensor):
         return array[to_device(torch.from_numpy(index), device)]
     return to_device(torch.from_numpy(array[index]), device)
-
-
-def to_gpu(array, device):
-    """The array as a tensor on the GPU where that takes at most half of its free memory."""
-    if device.type != 'cuda' or array.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return array
-    return torch.tensor(array, device=device)
 
 
 # -------------------------------------------------------------------------------- images and arrays
@@ -144,14 +127,10 @@ def open_image(source):
                 image.getexif()
             image.info.pop('exif', None)  # what else is there may be broken
             return to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise UserError(f'there is no image {source}') from None
-    except Image.DecompressionBombError:
-        error = f'it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels'
-    except Exception as problem:  # whatever a broken file makes of Pillow's many readers
-        error = getattr(problem, 'strerror', None) or problem
-    raise UserError(f'{source} cannot be read ({error}): replace it (a HEIC file by a JPEG), or '
-                    'leave it out (in training --skip-bad does)')
+    except Exception as error:  # whatever a broken file makes of Pillow's many readers
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{source} cannot be read ({reason}): replace it (a HEIC file by a JPEG), '
+                        'or leave it out (in training --skip-bad does)') from None
 
 
 def broken_images(paths):
@@ -175,14 +154,14 @@ def image_batches(sources, size, batch_size=32):
             yield torch.from_numpy(np.stack(list(pixels)))
 
 
-def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
+def cache_arrays(examples, size, cache_dir, label, encode=None):
     """The examples' images as one array (N, ..) in the order of `examples`.
 
-    encode maps image tensors (B, 3, size, size) to features (B, *shape), which are kept as float16
-    in a memory-mapped file in cache_dir; with None the pixels (N, 3, size, size) are kept as they
-    are, those of drawn images in memory. The file's name ends in a digest of `label` (which
-    encoder), the size, and the images' names, bytes and times. Raises UserError for images that
-    cannot be read, before any is encoded, a full disk, and features that float16 cannot hold.
+    encode maps image tensors (B, 3, size, size) to features (B, ..), which are kept as float16 in a
+    memory-mapped file in cache_dir; with None the pixels are kept, those of drawn images in memory.
+    The file's name ends in a digest of `label` (which encoder), the size, and the images' names,
+    bytes and times. Raises UserError for images that cannot be read, before any is encoded, a full
+    disk, and features that float16 cannot hold.
     """
     sources = [example.image for example in examples]
     drawn = isinstance(sources[0], np.ndarray)
@@ -194,18 +173,19 @@ def cache_arrays(examples, size, cache_dir, label, encode=None, shape=None):
     path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
     with suppress(FileNotFoundError, ValueError, EOFError):  # it is not there, or not all of it
         return np.load(path, mmap_mode='r')
+    first = torch.zeros(min(32, len(sources)), 3, size, size, dtype=torch.uint8)
     if encode:  # before any work: an exported CNN may take no batch of this size
-        encode(torch.zeros(min(32, len(sources)), 3, size, size))
+        first = encode(first).half().cpu()
     if not drawn and (broken := broken_images(sources)):  # before hours of computing
         raise UserError(f'{next(iter(broken.values()))} (one of {len(broken)})')
     path.parent.mkdir(parents=True, exist_ok=True)
-    dtype, row = (np.uint8, (3, size, size)) if encode is None else (np.float16, shape)
-    need = len(sources) * math.prod(row) * np.dtype(dtype).itemsize
+    need = len(sources) * first[0].nbytes
     if need > shutil.disk_usage(path.parent).free:
         raise UserError(f'{path} takes {need / 1e9:.1f} GB: make room, or set --cache-dir')
     print(f'computing {path} for {len(sources)} images')
     with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as unfinished:
-        array = np.lib.format.open_memmap(f'{unfinished}/part', 'w+', dtype, (len(sources), *row))
+        array = np.lib.format.open_memmap(f'{unfinished}/part', 'w+', first.numpy().dtype,
+                                          (len(sources), *first[0].shape))
         for i, images in zip(range(0, len(sources), 32), image_batches(sources, size, 32)):
             rows = images if encode is None else encode(images).half().cpu()
             if not rows.isfinite().all():
@@ -428,18 +408,16 @@ def read_table(path, problems):
     """A text file with an image and a caption in each line -> rows (plain name, caption, split).
 
     Columns are parted by tab, bar, semicolon or comma; a first line without an image has titles.
-    The captions are in the column with most words, and may have marks in them. A list of images
-    has empty captions.
+    The captions are in the column with most words. If it is the last one they need no quotes, even
+    with such marks in them. A list of images has empty captions.
     """
-    def fields(line, mark):
+    def columns(line, mark, width=99):
         row = next(csv.reader([line[:99999]], delimiter=mark, skipinitialspace=True))
-        return [field.strip() for field in row]
+        last = f'{mark} '.join(row[width - 1:])
+        return [field.strip() for field in row[:width - 1] + [last] * bool(last)]
 
     def words(x):  # in a field, but none in an image's name or a split's
         return 0 if is_image(x) or x.lower() in SPLITS else sum(map(str.isalpha, x.split()))
-
-    def beside(c):  # the columns but c, counted from both ends: marks in a caption may part it
-        return [*range(c), *range(c + 1 - width, 0)] or [0]
 
     text = path.read_bytes().decode('utf-8-sig', 'replace').replace('\0', '\ufffd')
     text = re.sub(r'(?m)^(.+\.\w+)#\d+\t', r'\1\t', text)  # Flickr's own files count the captions
@@ -448,26 +426,25 @@ def read_table(path, problems):
     lines = {n: line for n, line in enumerate(re.split('\r\n?|\n', text), 1) if line.strip()}
     head = list(lines.values())[:1000] or ['']
     mark = max('\t|;,', key=lambda x: sum(max(  # the one that parts most from images' names
-        (len(line) - len(y) for y in fields(line, x) if is_image(y)), default=0) for line in head))
-    some = [fields(line, mark) for line in head]
+        (len(line) - len(y) for y in columns(line, x) if is_image(y)), default=0) for line in head))
+    some = [columns(line, mark) for line in head]
     titled = not any(map(is_image, some[0])) and len(some[0]) > 1
-    width = len(some[0]) if titled else min((
+    width = len(some[0]) if titled else min((  # one column has words, unless marks part it
         min(len(row), 1 + sum(not words(x) for x in row)) for row in some
         if len(row) > 1 and any(map(is_image, row))), default=1)
-    some = [row for row in some[titled:] if len(row) >= width]
-    caption = max(range(width), key=lambda c: (
-        sum(any(is_image(row[i]) for i in beside(c)) for row in some),
-        sum(words(row[c]) for row in some)))
-    image = max(beside(caption), key=lambda c: sum(is_image(row[c]) for row in some))
-    split = [c for c in beside(caption) if all(row[c].lower() in SPLITS for row in some)][:1]
+    some = [columns(line, mark, width) for line in head[titled:]]
+    some = [row for row in some if len(row) == width]
+    image = max(range(width), key=lambda c: sum(is_image(row[c]) for row in some))
+    caption = max(range(width), key=lambda c: sum(words(row[c]) for row in some))
+    split = [c for c in {*range(width)} - {image} if all(row[c].lower() in SPLITS for row in some)]
     rows = []
     for number, line in list(lines.items())[titled:]:
-        row = fields(line, mark)
+        row = columns(line, mark, width)
         if len(row) < width or not is_image(row[image]) or '\ufffd' in line:
             problems.append(f'{path}, line {number}: not an image and its caption: {line!r:.60}')
-            continue
-        said = f'{mark} '.join(row[caption:caption + 1 + len(row) - width]) if width > 1 else ''
-        rows.append((plain(row[image]), said, ''.join(row[c] for c in split)))
+        else:
+            rows.append((plain(row[image]), row[caption] if caption != image else '',
+                         ''.join(row[c] for c in split[:1])))
     return rows
 
 
@@ -516,24 +493,23 @@ def divide(said, splits, files, problems):
     return said, how
 
 
-def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'test')):
+def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'test', 'unseen')):
     """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example, those of `splits` alone.
 
-    name: shapes (which also has 'unseen', a second test split), or a folder in `root`. A split of
+    name: shapes (which alone has 'unseen', a second test split), or a folder in `root`. A split of
     which no image is there is left out. A UserError says what is wrong first; with skip_bad lines,
     captions and images that are bad, and training images of other splits, are left out instead.
     """
     if name == 'shapes':
-        return {'train': make_shapes(7000, 'train'), 'val': make_shapes(200, 'val'),
-                'test': make_shapes(400, 'test'), 'unseen': make_shapes(400, 'unseen', True)}
+        sizes = {'train': 7000, 'val': 200, 'test': 400, 'unseen': 400}
+        return {x: make_shapes(sizes[x], x, x == 'unseen') for x in splits}
     folder, problems, on_disk = Path(root) / name, [], {}
     files = list_files(name, folder)
     for path in filter(is_image, files):
         if (twin := on_disk.setdefault(plain(path), path)) != path:
             raise UserError(f'{twin} and {path} have the same name: keep one of them in {folder}')
     if not on_disk:
-        raise UserError(f'{folder} has no images: put them there (Flickr30k comes by a form at '
-                        'https://shannon.cs.illinois.edu/DenotationGraph/)')
+        raise UserError(f'{folder} has no images: put them there')
     captions, said, paths = defaultdict(list), defaultdict(dict), caption_files(name, files)
     for path, part in paths.items():
         read = read_json if path.suffix.lower() == '.json' else read_table
@@ -564,15 +540,14 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     if problems:
         print(f'left out {len(problems)} bad captions and images, such as: {problems[0]}')
     if not any(found.values()):
-        raise UserError(f'{folder} has no image of {", ".join(splits)} that its captions name')
+        raise UserError(f'{folder} has no image of {", ".join(splits[:3])} with a caption')
     return {split: part for split, part in found.items() if part}
 
 
 # -------------------------------------------------------------------------------- for every command
 def keep_memory():
     """Keep the memory of freed arrays for the next ones: new pages cost a fault for every 4 kB."""
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if hasattr(libc, 'mallopt'):  # glibc has it
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):  # glibc has it
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no array gets pages of its own
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: 2 GB of free memory may be kept
 

@@ -15,12 +15,11 @@ with it.
 import hashlib
 import logging
 import os
-import pickle
 import zipfile
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +28,6 @@ from attention import BahdanauAttention, DotAttention, hard_context, soft_contex
 from data import END, PAD, START, UNK, UserError, Vocabulary  # the capitals are word ids 0 to 3
 
 
-# ---------------------------------------------------------------------------- recurrent cells
 class LSTMCell(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), paper eq. (1)-(3).
 
@@ -50,7 +48,7 @@ class LSTMCell(nn.Module):
     def step(self, Wx, state):
         """The same from W x + b (B, 4H), which a caller may compute for all words at once."""
         h, c = state
-        i, f, o, g = (Wx + self.U(h)).chunk(4, dim=1)  # four of (B, H)
+        i, f, o, g = (Wx + self.U(h)).chunk(4, dim=1)  # four of (B, H), eq. (1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # eq. (2)
         h = torch.sigmoid(o) * torch.tanh(c)  # eq. (3)
         return h, c
@@ -64,17 +62,13 @@ class RNNCell(nn.Module):
         self.W = nn.Linear(input_dim, hidden_dim)
         self.U = nn.Linear(hidden_dim, hidden_dim, bias=False)
 
-    def forward(self, x, state):
-        """Input x (B, input_dim), state (h, c) of (B, H) each -> the new state (h, c)."""
-        return self.step(self.W(x), state)
+    forward = LSTMCell.forward
 
     def step(self, Wx, state):
-        """The same from W x + b (B, H)."""
         h, c = state
         return torch.tanh(Wx + self.U(h)).to(h.dtype), c  # float32, also with --amp
 
 
-# ------------------------------------------------------------------------------------ encoder
 class Coordinates(nn.Module):
     """Appends each pixel's x and y in -1..1 as channels, so that features know where they are."""
 
@@ -147,15 +141,14 @@ class Encoder(nn.Module):
             self.key = f'{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}'
             self.cnn = torch.export.load(path).module().float()  # its weights may be float16
         except Exception as error:  # it has no error of its own for another program's file
-            raise UserError(f'cannot load the encoder {self.name}: it is not there, no whole file '
-                            f'of torch.export.save, or of a newer torch ({error!r:.80})') from None
+            raise UserError(f'cannot load {self.name}: it is not there, not whole, or not of '
+                            f'torch.export.save by this torch or older ({error!r:.80})') from None
 
     def load_torchvision(self, pretrained):
         """A CNN of torchvision -> mean and deviation of pixels that its weights were made for."""
         import torchvision
         if self.name not in torchvision.models.list_models(module=torchvision.models):
-            raise UserError(f"no encoder is called '{self.name}': give 'tiny', a CNN of "
-                            'torchvision such as vgg19, or the path of a .pt2 file')
+            raise UserError(f'{self.name} is no encoder: give tiny, a CNN of torchvision or a .pt2')
         self.cnn = torchvision_cnn(self.name).eval()
         with torch.no_grad():  # does it give a map? Its weights may be a large download
             self.features(torch.zeros(2, 3, self.image_size, self.image_size))
@@ -181,12 +174,11 @@ class Encoder(nn.Module):
             features = self.cnn(images.contiguous(memory_format=torch.channels_last))
             B, D, rows, columns = features.shape
         except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
-            reason = ' '.join(str(error).split())[:200]
             raise UserError(
-                f'the encoder {self.name} makes no map (B, D, rows, columns) of {len(images)} '
-                f'images of {self.image_size} pixels (--image-size): {reason}. A .pt2 file should '
-                'be made of a CNN that returns one map, by torch.export.export(cnn, (torch.zeros('
-                '2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))') from None
+                f'{self.name} makes no map (B, D, rows, columns) of {len(images)} images of '
+                f"{self.image_size} pixels ({' '.join(str(error).split())[:200]}): export a CNN "
+                'that does by torch.export.export(cnn, (torch.zeros(2, 3, 224, 224),), '
+                'dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), or set --image-size') from None
         return features
 
     def forward(self, images):
@@ -198,7 +190,6 @@ class Encoder(nn.Module):
         return features.flatten(2).transpose(1, 2)  # (B, D, rows, columns) -> (B, L, D)
 
 
-# ---------------------------------------------------------------------------------- captioner
 @dataclass
 class CaptionerConfig:
     """What a Captioner is built from. attn_dim and score have no meaning with attn='none'."""
@@ -215,20 +206,12 @@ class CaptionerConfig:
     input_dropout: float = 0.0    # of word embeddings E y and of the features in a
 
 
-class Output(NamedTuple):
-    """What the teacher-forced pass returns; attention is None with attn='none'."""
-    logits: torch.Tensor                    # (B, T, V)
-    alphas: torch.Tensor | None = None      # (B, T, L)
-    betas: torch.Tensor | None = None       # (B, T)
-    log_p_s: torch.Tensor | None = None     # (B, T), hard attention only
-
-
-class Hypothesis(NamedTuple):
-    """A caption that beam search found."""
-    tokens: list        # word ids without <start>; the last is <end> if the caption ended
-    log_prob: float     # log p(tokens | a)
-    alphas: object      # numpy (len(tokens), L), None with attn='none'
-    betas: object       # numpy (len(tokens),), None with attn='none'
+# What the teacher-forced pass returns: logits (B, T, V), alphas (B, T, L) and betas (B, T), None
+# with attn='none', and log_p_s (B, T) of hard attention.
+Output = namedtuple('Output', 'logits alphas betas log_p_s')
+# A caption that beam search found: word ids without <start>, of which the last is <end> if it
+# ended; log p(tokens | a); numpy alphas (len(tokens), L) and betas, None with attn='none'.
+Hypothesis = namedtuple('Hypothesis', 'tokens log_prob alphas betas')
 
 
 class Captioner(nn.Module):
@@ -308,7 +291,7 @@ class Captioner(nn.Module):
         z, log_p_s = self.context(alpha, a, s, soft)  # (N, D)
         beta = torch.sigmoid(self.f_beta(h))  # (N, 1), section 4.2.1
         z = beta * z
-        state = self.cell.step(WEy + self.W_z(z), state)
+        state = self.cell.step(WEy + self.W_z(z), state)  # eq. (1)
         return state, (z, alpha, beta.squeeze(1), log_p_s)
 
     def logits(self, Ey, h, z=None):
@@ -408,7 +391,6 @@ def hypotheses(ended, B, length_penalty):
                                         / len(h.tokens) ** length_penalty)) for some in found]
 
 
-# --------------------------------------------------------------------------------- checkpoints
 FORMAT = 'show-attend-tell 1'
 
 
@@ -429,15 +411,11 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, 
                'settings': settings, **training}
     part = Path(f'{path}.part')
     try:
-        with open(part, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(content, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save has its own error for a full disk
         part.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path} ({error}): is the disk full? The former one stays'
-                        ) from None
+        raise UserError(f'cannot write {path} ({error}): is the disk full?') from None
 
 
 def read_checkpoint(path):
@@ -451,28 +429,25 @@ def read_checkpoint(path):
             raise ValueError(f"it is of the format {checkpoint['format']}, not {FORMAT}")
         return checkpoint
     except Exception as error:  # missing, broken and foreign files each have another error
-        reason = 'it holds code' if isinstance(error, pickle.UnpicklingError) else repr(error)[:120]
-        raise UserError(f'{path} is no whole checkpoint of this program ({reason}): name one, such '
-                        'as runs/NAME/best.pt') from None
+        raise UserError(f'{path} is no whole checkpoint of this program ({error!r:.120}): name '
+                        'another, such as runs/NAME/best.pt') from None
 
 
 def load_checkpoint(path, device='cpu', hard_decode=None):
     """Rebuild what a checkpoint holds -> captioner, encoder, vocabulary, settings.
 
     The first two are on `device` and in evaluation mode; hard_decode is in place of the saved one.
-    A frozen encoder's .pt2 file may lie beside the checkpoint. Raises UserError.
+    Raises UserError.
     """
     checkpoint = read_checkpoint(path)
-    name, size, key, weights = (checkpoint['encoder'][k]
-                                for k in ('name', 'image_size', 'key', 'weights'))
-    beside = Path(path).with_name(Path(name).name)
-    encoder = Encoder(beside if beside.is_file() else name, size, weights is not None,
-                      pretrained=weights is None)
-    if weights is not None:
-        encoder.load_state_dict(weights)
-    elif encoder.key != key:
-        raise UserError(f'{path} was trained with the encoder {key}, and {name} is {encoder.key}: '
-                        'put the right one beside the checkpoint')
+    cnn = checkpoint['encoder']
+    own = cnn['weights'] is not None  # it was trained with the captioner
+    encoder = Encoder(cnn['name'], cnn['image_size'], own, pretrained=not own)
+    if own:
+        encoder.load_state_dict(cnn['weights'])
+    elif encoder.key != cnn['key']:
+        raise UserError(f'{path} was trained with the encoder {cnn["key"]}, and {cnn["name"]} is '
+                        f'{encoder.key}: put the right one there')
     captioner = Captioner(CaptionerConfig(**checkpoint['config']))
     captioner.config.hard_decode = hard_decode or captioner.config.hard_decode
     captioner.load_state_dict(checkpoint['captioner'])

@@ -32,13 +32,6 @@ def attention_map(alpha, grid, size):
     return weights / weights.max()
 
 
-def under_attention(image, weights):
-    """PIL picture, weights (height, width) in 0..1 -> the picture, lit where the model looked."""
-    pixels, m = np.asarray(image, dtype=np.float32), weights[:, :, None]
-    dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
-    return Image.fromarray((dark + m * (bright - dark)).astype(np.uint8))
-
-
 def drawable(letter):
     """The letter, or the end of its Unicode name where the font lacks it: e for é, ya for я."""
     if bytes(LARGE.getmask(letter)) != bytes(LARGE.getmask('\U0010ffff')):  # the sign for no sign
@@ -57,8 +50,11 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
     image = image.resize((PANEL, round(PANEL * shape)), Image.BICUBIC)
     words = [''.join(map(drawable, unicodedata.normalize('NFC', word))) for word in words]
     panels = [(image, ' '.join(words) if alphas is None else '', '')]
+    pixels = np.asarray(image, dtype=np.float32)
+    dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
     for word, alpha, beta in zip(words, alphas, betas) if alphas is not None else []:
-        look = under_attention(image, attention_map(alpha, grid, image.size))
+        m = attention_map(alpha, grid, image.size)[:, :, None]
+        look = Image.fromarray((dark + m * (bright - dark)).astype(np.uint8))
         panels.append((look, word, f'beta {beta:.2f}'))
     width, height, down = PANEL + GAP, image.height + LABEL + GAP, -(-len(panels) // columns)
     sheet = Image.new('RGB', (columns * width + GAP, down * height + GAP), 'white')
@@ -110,7 +106,6 @@ def images_in(path):
 
 
 def parse_arguments():
-    """The command line."""
     parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.')
     add = parser.add_argument
     add('images', nargs='+', type=Path, help='image files, or folders of images')
@@ -152,7 +147,6 @@ def explain(captioner, a, best, vocabulary, encoder):
 
 @torch.no_grad()
 def main():
-    """Caption all images in batches, print as they come, and draw."""
     args, problems, results, drawings, pool = parse_arguments(), [], [], {}, ThreadPoolExecutor()
     checkpoint, device = checkpoint_in(args.checkpoint), pick_device(args.device)
     captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device, args.hard_decode)

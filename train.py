@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, human_score, score, tokenize
-from data import (END, START, UserError, Vocabulary, ahead, cache_arrays, length_batches,
-                  load_captions, pointing, read_rows, run_command, to_device, to_gpu)
+from data import (END, START, UserError, Vocabulary, cache_arrays, length_batches, load_captions,
+                  pointing, read_rows, run_command, to_device)
 from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, read_checkpoint,
                    save_checkpoint)
 from sample import checkpoint_in, draw_page, pick_device
@@ -72,7 +72,6 @@ class Settings:
     lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14); paper: 1')
     lambda_r: float = setting(0.02, 'hard: weight of the REINFORCE term, eq. (12)')
     lambda_h: float = setting(0.002, 'hard: weight of the entropy term, eq. (12)')
-    samples: int = setting(1, 'hard: samples per caption; if above 1, the others are its baseline')
     expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
     warm_up: int = setting(2, 'hard: epochs of soft attention before sampling begins')
     hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
@@ -133,7 +132,7 @@ def parse_settings():
         fixed = MODEL + (('data', 'optimizer', 'batch_size', 'seed') if first.resume else ())
     args = parser.parse_args()
     cfg = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
-    for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size', 'samples'):
+    for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size'):
         if getattr(cfg, name) < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1')
     for name in fixed:
@@ -170,7 +169,6 @@ def join_ranks(name):
 
 
 def mean_over_ranks(x):
-    """Mean of a tensor over the ranks."""
     x = x / WORLD
     if WORLD > 1:
         dist.all_reduce(x)
@@ -185,25 +183,19 @@ def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
     the share `expected` (cfg.expected) of the captions does not sample.
     """
     hard, expected = cfg.attn == 'hard', cfg.expected if expected is None else expected
-    samples = cfg.samples if hard and expected < 1 else 1  # where none samples one pass will do
-    captions = captions.repeat_interleave(samples, dim=0)  # the captioner repeats a itself
     targets, soft = captions[:, 1:], None  # (B, T)
     if hard:  # these captions take the expectation in place of a sample
         soft = (torch.rand(len(captions), 1, device=a.device) < expected).expand(targets.shape)
     out = captioner(a, captions, soft=soft)
     nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
     log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
-    numbers = {'nll/word': -log_p_y.mean() / targets.shape[1]}
-    loss = -log_p_y
+    loss, numbers = -log_p_y, {'nll/word': -log_p_y.mean() / targets.shape[1]}
     if cfg.attn == 'soft' and cfg.lambda_ds:
         loss = loss + cfg.lambda_ds * doubly_stochastic(out.alphas)
     if hard:
-        if samples > 1:  # the other samples of the same caption are its baseline
-            r = log_p_y.detach().view(-1, samples)
-            baseline = ((r.sum(1, keepdim=True) - r) / (samples - 1)).flatten()
         loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, cfg.lambda_r,
                               cfg.lambda_h)
-        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline).mean(),
+        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline),
                     'entropy': entropy(out.alphas).mean() / targets.shape[1],
                     'sampled': 1 - soft.float().mean()}
     numbers = {'loss': loss.mean()} | numbers
@@ -212,11 +204,10 @@ def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
 
 # ------------------------------------------------------------------------------ captions and scores
 def caption_images(model, examples, images, cfg):
-    """Caption images -> found, references, hypotheses, pointing.
+    """Caption images -> the best Hypothesis of each, references, hypotheses, pointing.
 
-    images: their array, of which each rank captions a part. found: the best Hypothesis of each;
-    references, hypotheses: what people and the model said, as lists of the words that count;
-    pointing: at how many per cent of object words attention lies on the object, or None.
+    images: their array, of which each rank captions a part. references, hypotheses: what people and
+    the model said, lists of words. pointing: per cent of object words with attention on the object.
     """
     captioner, encoder, vocabulary = model
     captioner.eval()
@@ -257,12 +248,12 @@ def report(model, cfg, split, examples, images, folder):
     found, references, hypotheses, point = caption_images(model, examples, images, cfg)
     if RANK:
         return
-    files = {'references': {x.name: x.captions for x in examples},
-             'results': [{'image_id': x.name, 'caption': ' '.join(model[2].decode(h.tokens))}
-                         for x, h in zip(examples, found)]}
-    for name, content in files.items():
-        with open(folder / f'{split}-{name}.json', 'w', encoding='utf-8') as file:
-            json.dump(content, file, indent=0, ensure_ascii=False)
+    results = [{'image_id': x.name, 'caption': ' '.join(model[2].decode(h.tokens))}
+               for x, h in zip(examples, found)]
+    for name, content in (('references', {x.name: x.captions for x in examples}),
+                          ('results', results)):
+        text = json.dumps(content, indent=0, ensure_ascii=False)
+        (folder / f'{split}-{name}.json').write_text(text, 'utf-8')
     shapes, attn = cfg.data == 'shapes', 'no' if cfg.attn == 'none' else cfg.attn
     rows = {f'this model ({attn} attention{f", {cfg.hard_decode}" * (attn == "hard")})':
             score(references, hypotheses) + [point] * shapes,
@@ -301,7 +292,8 @@ def training_data(cfg, examples, vocabulary, images, device):
     words = [tokenize(c) for x in examples for c in x.captions]
     ids = [[START, *vocabulary.encode(caption), END] for caption in words]
     image_of = np.array([i for i, x in enumerate(examples) for _ in x.captions])
-    images = to_gpu(images, device)
+    if device.type == 'cuda' and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = torch.tensor(images, device=device)  # they fit on the GPU, and no copies wait
     known = sum(word in vocabulary.ids for caption in words for word in caption)
     print(f'{cfg.data}: {len(examples)} training images, {len(ids)} captions, {len(vocabulary)} '
           f'words ({100 * known / sum(map(len, words)):.1f} % of what is said)', flush=True)
@@ -337,14 +329,12 @@ def make_optimizer(model, cfg, device, half, state):
     return optimizer, scaler
 
 
-def log_epoch(folder, head, epoch, row, model, examples, found):
-    """Write an epoch's row below log.csv's head; print a caption, draw three images' attention."""
-    path, (_, encoder, vocabulary) = folder / 'log.csv', model
-    lines = (path.read_text('utf-8').splitlines() if path.exists() else
-             [*head, ','.join(['epoch', *row])])
-    lines = lines[:len(head) + epoch]  # what a run that was killed wrote of this epoch goes
-    lines += [','.join(f'{x:g}' for x in (epoch, *row.values())), '']
-    path.write_text('\n'.join(lines), 'utf-8')
+def log_epoch(folder, log, epoch, row, model, examples, found):
+    """Add an epoch's row to log.csv, whose lines are `log`; print a caption, draw three images."""
+    log += [','.join(['epoch', *row])] if epoch == 1 else []
+    log.append(','.join(f'{x:g}' for x in (epoch, *row.values())))
+    (folder / 'log.csv').write_text('\n'.join(log) + '\n', 'utf-8')
+    _, encoder, vocabulary = model
     said = [vocabulary.decode(h.tokens) for h in found[:3]]
     print(f'    {" ".join(said[0])}   [{examples[0].captions[0]}]', flush=True)
     draw_page(folder / f'attention-{epoch:02}.png', [
@@ -352,11 +342,8 @@ def log_epoch(folder, head, epoch, row, model, examples, found):
         for x, words, h in zip(examples, said, found)])
 
 
-def train(cfg, device, half, model, folder, state, splits, images, head):
-    """The loop, from where `state` stands to the last epoch; best.pt holds the best one's model.
-
-    splits, images: examples, and the arrays of their images; head: the first lines of log.csv.
-    """
+def train(cfg, device, half, model, folder, state, splits, images):
+    """The loop, from where `state` stands to the last epoch; best.pt holds the best one's model."""
     captioner, encoder, vocabulary = model
     lengths, read = training_data(cfg, splits['train'], vocabulary, images['train'], device)
     optimizer, scaler = make_optimizer(model, cfg, device, half, state)
@@ -389,7 +376,8 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
         learns = encoder.trainable and epoch >= cfg.finetune_from
         captioner.train()
         encoder.train(learns)
-        for step, (_, (rows, y, weight)) in enumerate(ahead(batches[first:], read), first):
+        for step in range(first, len(batches)):
+            rows, y, weight = read(batches[step])  # images, captions (B, T+1)
             # Dropout and samples depend on the step alone: a run that is resumed draws the same.
             torch.manual_seed(hash((cfg.seed, RANK, epoch, step)))
             done = (epoch + step / len(batches)) / cfg.epochs  # share of the training
@@ -445,15 +433,14 @@ def train(cfg, device, half, model, folder, state, splits, images, head):
             state.update(best=row['val BLEU-4'], best_epoch=epoch)
             if not RANK:
                 save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
-        if not RANK:  # a run that is killed between these two logs the epoch anew
+        if not RANK:
             print(f'epoch {epoch + 1}/{cfg.epochs}', *(f' {key} {x:.3f}' for key, x in row.items()))
-            log_epoch(folder, head, epoch + 1, row, model, splits['val'], found)
+            log_epoch(folder, state['log'], epoch + 1, row, model, splits['val'], found)
             save_last()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main():
-    """Settings, processes, data and model; then the training, and rows of the table."""
     cfg, args, path, content = parse_settings()
     device = join_ranks(cfg.device)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -465,7 +452,7 @@ def main():
     folder = path.parent if args.resume or args.eval else Path(cfg.out) / name
     while folder.exists() and not (args.resume or args.eval):
         folder, number = Path(cfg.out) / f'{name}-{number}', number + 1
-    wanted = (args.split,) if args.eval else ('train', 'val', 'test')
+    wanted = (args.split,) if args.eval else ('train', 'val', 'test', 'unseen')
     if RANK:  # what rank 0 downloads and computes the others find on disk
         wait()
     splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
@@ -474,16 +461,15 @@ def main():
     model = (load_checkpoint(path, device, cfg.hard_decode)[:3] if path else
              build(cfg, [tokenize(c) for x in splits['train'] for c in x.captions], device))
     cnn = model[1]  # of a frozen one features (L, D) are kept; one that learns needs the pixels
-    kept = ('pixels',) if cnn.trainable else (
-        cnn.key, lambda images: cnn(images.to(device)), (math.prod(cnn.grid), cnn.feature_dim))
+    kept = ('pixels',) if cnn.trainable else (cnn.key, lambda images: cnn(images.to(device)))
     images = {split: cache_arrays(examples, cnn.image_size, cfg.cache_dir, *kept)
               for split, examples in splits.items()}
     if not RANK:
         wait()
     if not args.eval:
         state = content['training'] if args.resume else dict(
-            epoch=0, step=0, best=-1.0, best_epoch=-1, baseline=0.0, totals={})
-        train(cfg, device, half, model, folder, state, splits, images, head)
+            epoch=0, step=0, best=-1.0, best_epoch=-1, baseline=0.0, totals={}, log=head)
+        train(cfg, device, half, model, folder, state, splits, images)
         wait()
         model = load_checkpoint(folder / 'best.pt', device, cfg.hard_decode)[:3]
         print(f'best epoch: {state["best_epoch"] + 1}')
