@@ -4,11 +4,9 @@ Two score functions (additive and dot-product), two contexts (soft and hard), an
 terms of the loss (doubly stochastic attention, REINFORCE). Nothing here knows of words or files.
 Paper sections 3.1.2 (weights), 4.1 (hard), 4.2 (soft). model.py explains the letters of shapes.
 
-Several captions may look at one image (beams, samples). Then h, alpha and z have N = n * B rows, n
-in turn for each image, while keys and a have their B rows: nothing is copied. Otherwise N is B.
+Several captions may look at one image, as beams do. Then h, alpha and z have N = n * B rows, n in
+turn for each image, while keys and a have their B rows: nothing is copied. Otherwise N is B.
 """
-import math
-
 import torch
 from torch import nn
 
@@ -55,7 +53,7 @@ class DotAttention(nn.Module):
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
         query = self.W_h(h).view(len(keys), -1, keys.shape[2])  # (B, n, A)
-        e = query @ keys.transpose(1, 2) / math.sqrt(keys.shape[2])  # (B, n, L)
+        e = query @ keys.transpose(1, 2) / keys.shape[2] ** 0.5  # (B, n, L)
         return torch.softmax(e.flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L)
 
 

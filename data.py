@@ -519,7 +519,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     said, how = divide(said, splits, files, problems)
     print(f'{name}: captions of {", ".join(map(str, paths))}; split: {how}')
     found = {x: [] for x in splits
-             if x in said and (how[:5] == 'drawn' or on_disk.keys() & set(said[x]))}
+             if x in said and (how.startswith('drawn') or on_disk.keys() & set(said[x]))}
     for split in found:
         for image in said[split]:
             path = on_disk.get(image)
