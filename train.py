@@ -69,7 +69,7 @@ class Settings:
     max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
     min_count: int = setting(0, 'vocabulary: words seen so often (0: 4, below 10,000 captions 1)')
     # loss
-    lambda_ds: float = setting(0.02, 'weight of the doubly stochastic term, eq. (14); paper: 1')
+    lambda_ds: float = setting(0.0, 'weight of the doubly stochastic term, eq. (14); paper: 1')
     lambda_r: float = setting(0.02, 'hard: weight of the REINFORCE term, eq. (12)')
     lambda_h: float = setting(0.002, 'hard: weight of the entropy term, eq. (12)')
     expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
@@ -97,7 +97,7 @@ class Settings:
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
-                       batch_size=100, epochs=4, beam=3, hard_decode='argmax', lambda_ds=0.0)
+                       batch_size=100, epochs=4, beam=3, hard_decode='argmax')
 SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # on photographs it learns more slowly
 
 
