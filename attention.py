@@ -1,11 +1,11 @@
 """Where to look: scores -> weights -> context. Show, Attend and Tell (Xu et al., 2015).
 
-Two score functions (additive and dot-product), two contexts (soft and hard), and the two extra
-terms of the loss (doubly stochastic attention, REINFORCE). Nothing here knows of words or files.
-Paper sections 3.1.2 (weights), 4.1 (hard), 4.2 (soft). model.py explains the letters of shapes.
+Two score functions (additive, dot-product), two contexts (soft, hard) and two extra terms of the
+loss (doubly stochastic attention, REINFORCE): paper sections 3.1.2, 4.2 and 4.1. Shapes: B images,
+L locations, D features, A attention size, H hidden size, T words; model.py lists every letter.
 
-Several captions may look at one image, as beams do. Then h, alpha and z have N = n * B rows, n in
-turn for each image, while keys and a have their B rows: nothing is copied. Otherwise N is B.
+Several captions or beams may share an image. Then h, alpha and z have N = n * B rows, n consecutive
+ones for each image, while keys and a keep their B rows: nothing is copied. Otherwise N = B.
 """
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def hard_context(alpha, a, s=None, soft=None):
     """
     if s is None:
         # For E_i ~ Exp(1), argmax_i alpha_i / E_i is i with probability alpha_i. torch.multinomial
-        # does the same, and makes the CPU wait for the GPU. A draw of 0 would make 0 / 0 of it.
+        # does the same but makes the CPU wait for the GPU. The clamp rules out 0 / 0.
         E = torch.empty_like(alpha).exponential_().clamp_min_(torch.finfo(alpha.dtype).tiny)
         s = (alpha / E).argmax(dim=1)  # (N,)
     image = torch.arange(len(s), device=a.device) // (len(s) // len(a))  # of each row
@@ -99,15 +99,15 @@ def entropy(alphas):
 
 
 def reinforce_loss(log_p_y, log_p_s, alphas, baseline, lambda_r=1.0, lambda_h=0.0):
-    """Loss (B,) for sampled locations; its gradient is minus the estimate of eq. (11), (12).
+    """Loss (N,) for sampled locations; its gradient is minus the learning rule after eq. (12).
 
     No gradient flows through a sample. Instead log p(s | a) is weighted by how much likelier than
     usual (the baseline) the words were after these looks: looks that helped become likelier.
 
-    log_p_y (B,) is log p(y | s, a) summed over the words, log_p_s (B,) is log p(s | a) summed over
-    the steps, 0 for captions that took the expectation: they have no REINFORCE term, and the
-    gradient reaches their weights through z. alphas (B, T, L) are the attention weights.
-    baseline is a number or a tensor (B,) that does not depend on this caption's samples.
+    log_p_y (N,) is log p(y | s, a) summed over the words, log_p_s (N,) log p(s | a) summed over the
+    steps. Captions that took the expectation have log_p_s = 0, hence no REINFORCE term: their alpha
+    learns through z. alphas (N, T, L) are the attention weights. baseline, a number or (N,), must
+    not depend on this caption's own samples.
     """
     advantage = (log_p_y - baseline).detach()
     return -(log_p_y                            # better words

@@ -31,8 +31,9 @@ def split_chunk(chunk, punctuation):
     """Lower-case text without spaces -> its words, as in `tokenize`: two for "cannot"."""
     for ch in set(chunk) - set('\u058a\u2010\u2011\u066b\u066c'):  # hyphens, Arabic decimal signs
         if not ch.isascii() and unicodedata.category(ch)[0] not in 'LMN':  # no letter or number
-            chunk = chunk.replace(ch, f' {ch} ')  # but a mark, which stands alone
-    # So does a full stop, but not those of u.s.: behind a last ' .', which goes, NLTK keeps them.
+            chunk = chunk.replace(ch, f' {ch} ')  # but a mark: it stands alone
+    # So does a full stop that ends a word, but not those of u.s. NLTK would split the last stop of
+    # a text in any case, so a ' .' is added as the last, and dropped.
     chunk = re.sub(r'(?<![\s.][a-z])(?<!\.)\.(?=[^\w.]|$)', ' .', ' ' + chunk)
     return [w for w in nltk.NLTKWordTokenizer().tokenize(chunk + ' .')[:-1]
             if punctuation or any(ch.isalnum() or ch in SYMBOLS for ch in w)]
@@ -90,7 +91,7 @@ def meteor(references, hypotheses):
     except Exception as error:  # NLTK has no one error for that
         reason = re.search(r'\w.*|$', str(error.__context__ or error))[0]  # its first line of text
         print_once(f'METEOR is left out, NLTK cannot read WordNet ({reason}): get it with "python '
-                   '-m nltk.downloader wordnet", or set NLTK_DATA to a folder that has it, no link')
+                   '-m nltk.downloader wordnet", or set NLTK_DATA to the folder (no link) it is in')
         return None
     scores = [nltk.translate.meteor(refs, hypothesis, alpha=0.85, beta=0.2, gamma=0.6)
               for refs, hypothesis in zip(references, hypotheses)]
@@ -136,7 +137,7 @@ def pair_up(results, references, args):
     by_image = {}
     for image, caption in references:
         by_image.setdefault(image, []).append(caption)
-    # A name means the image that is called so, or else the one whose file is.
+    # A result belongs to the image with exactly its name, or else to the one with its file name.
     meant = {f(name): image for f in (basename, str) for image in by_image for name in image[1:]}
     images = [meant.get(name, meant.get(basename(name))) for (_, name, *_), _ in results]
     counts, splits = Counter(images), {image[0] for image in images if image}
@@ -162,9 +163,9 @@ def main():
     args = parser.parse_args()
     pairs = []
     try:
-        for path in args.results, args.references:
+        for path in args.references, args.results:  # what pair_up finds is wrong with the results
             with open(path, encoding='utf-8-sig') as file:
-                pairs.append(find_captions(json.load(file)))
+                pairs.insert(0, find_captions(json.load(file)))
         captions, references, missing = pair_up(*pairs, args)
     except (OSError, ValueError, RecursionError) as error:
         parser.exit(2, f'error: {path}: {error}; captions are [{{"image_id": .., "caption": ".."}},'

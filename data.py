@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFile, ImageOps, PngImagePlugin
 
 PAD, START, END, UNK = range(4)  # word ids that every vocabulary has
-# Pillow's reader of PNG, and no other part of it, lets pass what is wrong beside the pixels.
+# Let Pillow's PNG reader, and no other, ignore damaged metadata; damaged pixels stay an error.
 PngImagePlugin.ImageFile = SimpleNamespace(**vars(ImageFile) | {'LOAD_TRUNCATED_IMAGES': True})
 
 
@@ -40,8 +40,8 @@ class UserError(Exception):
 # ------------------------------------------------------------ images, captions, vocabulary, batches
 # A drawn object of the shapes set; box is (left, top, right, bottom) in 0..1 of the image.
 Object = namedtuple('Object', 'shape colour size box')
-# An image (a path, or the drawn pixels (H, W, 3) themselves), its captions, the objects of a drawn
-# one, and what a results file calls it: by its file's name, or by COCO's number.
+# An image: a path, or the pixels (rows, columns, 3) of a drawn one; its captions; the objects in a
+# drawn one; and its name in a results file, which is its file's name or COCO's number.
 Example = namedtuple('Example', 'image captions objects name', defaults=((), ''))
 
 
@@ -118,7 +118,7 @@ def to_rgb(image):
 
 
 def open_image(source):
-    """Path, file or pixels (H, W, 3) -> upright RGB picture; UserError for what is no image."""
+    """Path, file or pixels (rows, columns, 3) -> upright RGB picture, or a UserError."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
@@ -170,11 +170,11 @@ def cache_arrays(examples, size, cache_dir, label, encode=None):
     known = [hashlib.md5(x).hexdigest() if drawn else
              (x.name, x.stat().st_size, x.stat().st_mtime_ns) for x in sources]
     digest = hashlib.sha256(json.dumps([label, size, known]).encode()).hexdigest()[:12]
-    path = Path(cache_dir) / f'{Path(label).stem}-{size}-{digest}.npy'
+    path = Path(cache_dir) / f'{label}-{size}-{digest}.npy'
     with suppress(FileNotFoundError, ValueError, EOFError):  # it is not there, or not all of it
         return np.load(path, mmap_mode='r')
     first = torch.zeros(min(32, len(sources)), 3, size, size, dtype=torch.uint8)
-    if encode:  # before any work: an exported CNN may take no batch of this size
+    if encode:  # may fail (an exported CNN may not take 32 images), and tells shape and type
         first = encode(first).half().cpu()
     if not drawn and (broken := broken_images(sources)):  # before hours of computing
         raise UserError(f'{next(iter(broken.values()))} (one of {len(broken)})')
@@ -321,7 +321,7 @@ COCO = 'http://images.cocodataset.org/zips/'
 # Karpathy's splits of all three sets, with their captions: what papers compare on.
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
             '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
-# What an empty folder of such a name gets: what it is, address, kind of sum, sum.
+# What an empty folder of that name is filled with: what it is, address, kind of checksum, checksum.
 DOWNLOADS = {
     'flickr8k': [
         ('images', GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978'),
@@ -407,17 +407,17 @@ def read_json(path, problems):
 def read_table(path, problems):
     """A text file with an image and a caption in each line -> rows (plain name, caption, split).
 
-    Columns are parted by tab, bar, semicolon or comma; a first line without an image has titles.
-    The captions are in the column with most words. If it is the last one they need no quotes, even
-    with such marks in them. A list of images has empty captions.
+    Columns are separated by tab, bar, semicolon or comma; a first line without an image is a
+    header. The captions are in the column with most letters; in the last one they need no quotes,
+    whatever is in them. A list of images has empty captions.
     """
     def columns(line, mark, width=99):
         row = next(csv.reader([line[:99999]], delimiter=mark, skipinitialspace=True))
         last = f'{mark} '.join(row[width - 1:])
-        return [field.strip() for field in row[:width - 1] + [last] * bool(last)]
+        return [field.strip() for field in row[:width - 1] + [last] * (len(row) >= width)]
 
-    def words(x):  # in a field, but none in an image's name or a split's
-        return 0 if is_image(x) or x.lower() in SPLITS else sum(map(str.isalpha, x.split()))
+    def letters(x):  # of a field's words; images, splits, numbers and addresses have none
+        return 0 if is_image(x) or x.lower() in SPLITS else len(re.sub(r'\S*[\d/]\S*|\s', '', x))
 
     text = path.read_bytes().decode('utf-8-sig', 'replace').replace('\0', '\ufffd')
     text = re.sub(r'(?m)^(.+\.\w+)#\d+\t', r'\1\t', text)  # Flickr's own files count the captions
@@ -425,22 +425,22 @@ def read_table(path, problems):
     text = re.sub(r'(?m)^2258277193_586949ec62\.jpg\.1\t.*', '', text)  # Flickr8k has no such image
     lines = {n: line for n, line in enumerate(re.split('\r\n?|\n', text), 1) if line.strip()}
     head = list(lines.values())[:1000] or ['']
-    mark = max('\t|;,', key=lambda x: sum(max(  # the one that parts most from images' names
+    mark = max('\t|;,', key=lambda x: sum(max(  # the mark that cuts the most off image names
         (len(line) - len(y) for y in columns(line, x) if is_image(y)), default=0) for line in head))
     some = [columns(line, mark) for line in head]
     titled = not any(map(is_image, some[0])) and len(some[0]) > 1
-    width = len(some[0]) if titled else min((  # one column has words, unless marks part it
-        min(len(row), 1 + sum(not words(x) for x in row)) for row in some
+    width = len(some[0]) if titled else min((  # letterless columns and a caption, perhaps cut up
+        min(len(row), 1 + sum(not letters(x) for x in row)) for row in some
         if len(row) > 1 and any(map(is_image, row))), default=1)
-    some = [columns(line, mark, width) for line in head[titled:]]
-    some = [row for row in some if len(row) == width]
+    some = [row for row in some[titled:] if len(row) == width] or [
+        row for line in head[titled:] if len(row := columns(line, mark, width)) == width]
     image = max(range(width), key=lambda c: sum(is_image(row[c]) for row in some))
-    caption = max(range(width), key=lambda c: sum(words(row[c]) for row in some))
+    caption = max(range(width), key=lambda c: (c != image, sum(letters(x[c]) for x in some)))
     split = [c for c in {*range(width)} - {image} if all(row[c].lower() in SPLITS for row in some)]
     rows = []
     for number, line in list(lines.items())[titled:]:
-        row = columns(line, mark, width)
-        if len(row) < width or not is_image(row[image]) or '\ufffd' in line:
+        row = columns(line, mark, width if caption == width - 1 else 99)
+        if len(row) != width or not is_image(row[image]) or '\ufffd' in line:
             problems.append(f'{path}, line {number}: not an image and its caption: {line!r:.60}')
         else:
             rows.append((plain(row[image]), row[caption] if caption != image else '',
@@ -452,7 +452,7 @@ def caption_files(name, files):
     """The caption files of a data set -> {path: split, or '' for all of them}, or a UserError."""
     for pattern in CAPTION_FILES:
         pattern = pattern.replace('NAME', re.escape(name.lower()))
-        found = {path: re.search('train|val|dev|test|$', path.name.lower())[0]
+        found = {path: re.search('(?<![a-z])(train|val|dev|test)|$', path.name.lower())[0]
                  for path in files if re.fullmatch(pattern, path.name.lower())}
         if len(found) > max(1, len({*found.values()} - {''})):
             raise UserError(f'{" and ".join(map(str, found))} have captions: keep one of them')
@@ -463,9 +463,9 @@ def caption_files(name, files):
 
 
 def divide(said, splits, files, problems):
-    """{split: plain names} as captions say, under '' where they do not -> the same, and how.
+    """Captions' {split: plain names}, '' for no split -> the same without '', and how it was done.
 
-    Lists of images come next, and then a draw. What is in two of `splits` is not trained on.
+    Lists such as train.txt decide, or else a draw. What is in two splits stays in the later alone.
     """
     lists = {SPLITS[m[1]]: path for path in files
              if (m := re.fullmatch(SPLIT_LIST, path.name.lower()))}
@@ -518,7 +518,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
             said[SPLITS.get((split or part).lower(), split)][image] = True  # a set in order
     said, how = divide(said, splits, files, problems)
     print(f'{name}: captions of {", ".join(map(str, paths))}; split: {how}')
-    found = {x: [] for x in splits
+    found = {x: [] for x in splits  # without one that has no image here, unless it was drawn
              if x in said and (how.startswith('drawn') or on_disk.keys() & set(said[x]))}
     for split in found:
         for image in said[split]:

@@ -5,12 +5,11 @@ Encoder            image -> annotation vectors, paper section 3.1.1
 Captioner          teacher-forced forward pass and batched beam search, section 3.1.2
 save_checkpoint, load_checkpoint
 
-Letters, the same in every file:
-    B batch   L locations   D feature size   T time steps   V vocabulary
-    H hidden  M embedding   A attention size K beams
+Letters of shapes, which stand at the end of a line that changes a shape:
+    B images  L locations  D features  A attention  H hidden  M embedding  V vocabulary
+    T time steps  K beams  N rows: the captions or beams of all images, n consecutive for each image
 Paper symbols: a annotation vectors, alpha attention weights, beta gate, z context, h and c the
-LSTM's state, E word embedding, y words, s a sampled location. A line that changes a shape ends
-with it.
+LSTM's state, E word embedding, y words, s a sampled location.
 """
 import hashlib
 import logging
@@ -82,7 +81,7 @@ class Coordinates(nn.Module):
 
 def tiny_cnn():
     """A small CNN of stride 8 and 128 features for pictures of simple shapes, trained jointly."""
-    # Kernels of 4 where the stride is 2 keep each feature in the middle of what it sees.
+    # Kernel 4 with stride 2 centres each feature on the pixels it sees; kernel 3 would shift it.
     def block(inputs, outputs, kernel, stride):
         return [nn.Conv2d(inputs, outputs, kernel, stride, padding=1, bias=False),
                 nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -106,7 +105,7 @@ class Encoder(nn.Module):
     """CNN that turns an image into annotation vectors a = {a_1 .. a_L}, paper section 3.1.1.
 
     name        'tiny', a torchvision classification CNN, or the path of a .pt2 file (torch.export)
-                that makes ImageNet-normalised images a map (B, D, rows, columns)
+                that maps ImageNet-normalised images to feature maps (B, D, rows, columns)
     image_size  pixels; images are squares of this side
     trainable   whether the CNN learns (None: tiny alone); a frozen one stays in evaluation mode
 
@@ -174,7 +173,7 @@ class Encoder(nn.Module):
             features = self.cnn(images.contiguous(memory_format=torch.channels_last))
             B, D, rows, columns = features.shape
         except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
-            raise UserError(
+            raise error if isinstance(error, torch.OutOfMemoryError) else UserError(
                 f'{self.name} makes no map (B, D, rows, columns) of {len(images)} images of '
                 f"{self.image_size} pixels ({' '.join(str(error).split())[:200]}): export a CNN "
                 'that does by torch.export.export(cnn, (torch.zeros(2, 3, 224, 224),), '
@@ -206,8 +205,8 @@ class CaptionerConfig:
     input_dropout: float = 0.0    # of word embeddings E y and of the features in a
 
 
-# What the teacher-forced pass returns: logits (B, T, V), alphas (B, T, L) and betas (B, T), None
-# with attn='none', and log_p_s (B, T) of hard attention.
+# What the teacher-forced pass returns: logits (N, T, V), alphas (N, T, L), betas (N, T) and log_p_s
+# (N, T). alphas and betas are None with attn='none'; log_p_s is None unless z was one location's.
 Output = namedtuple('Output', 'logits alphas betas log_p_s')
 # A caption that beam search found: word ids without <start>, of which the last is <end> if it
 # ended; log p(tokens | a); numpy alphas (len(tokens), L) and betas, None with attn='none'.
@@ -304,10 +303,10 @@ class Captioner(nn.Module):
     def forward(self, a, captions, s=None, soft=None):
         """Teacher-forced pass over captions of one length -> Output.
 
-        a (B, L, D); captions (B, T+1), word ids from <start> to <end>; if it has n * B rows, each n
-        in turn belong to one image. s (B, T) and soft (B, T) are, word by word, as in `context`.
+        a (B, L, D); captions (N, T+1), word ids from <start> to <end>, n = N / B consecutive rows
+        for each image. s (N, T) and soft (N, T) are those of `context`, a column for each word.
         """
-        Ey = self.input_dropout(self.E(captions[:, :-1]))  # (B, T, M)
+        Ey = self.input_dropout(self.E(captions[:, :-1]))  # (N, T, M)
         if self.training and self.config.input_dropout:  # a feature is dropped at all locations
             a = a * self.input_dropout(torch.ones_like(a[:, :1]))  # (B, L, D)
         keys, a, state = self.start(a, len(captions) // len(a))
@@ -318,7 +317,7 @@ class Captioner(nn.Module):
             h.append(state[0])
             looks.append(look)
         z, alphas, betas, log_p_s = (None if part[0] is None else torch.stack(part, dim=1)
-                                     for part in zip(*looks))  # of T parts one tensor (B, T, ..)
+                                     for part in zip(*looks))  # of T parts one tensor (N, T, ..)
         return Output(self.logits(Ey, torch.stack(h, dim=1), z), alphas, betas, log_p_s)
 
     def next_word(self, words, keys, a, state):
@@ -335,8 +334,8 @@ class Captioner(nn.Module):
         """Captions of the highest log p(y | a), all images and all their beams at once.
 
         a (B, L, D) -> for each image a list of at most beam_size Hypothesis, best first by
-        log_prob / len(tokens) ** length_penalty, those that ended before those cut at max_len. As
-        in the authors' program, a beam narrows by one when a caption ends. <unk> is never said.
+        log_prob / len(tokens) ** length_penalty; those cut off at max_len follow those that ended.
+        As in the authors' program a beam narrows by one when a caption ends. <unk> is never said.
 
         Two beams of one image; each number is log p of the words so far:
 
@@ -347,24 +346,24 @@ class Captioner(nn.Module):
         """
         B, K, V, device = len(a), beam_size, self.config.vocab_size, a.device
         keys, a, state = self.start(a, K)  # the state's row b * K + k: image b, beam k
-        words = torch.full((B * K, 1), START, device=device)  # (B*K, t) of each beam so far
+        words = torch.full((B * K, 1), START, device=device)  # (B*K, t), each beam's words so far
         seen = []  # alphas (B*K, t, L) and betas (B*K, t), likewise
         log_prob = torch.full((B, K), -torch.inf, device=device)  # of each beam's words
-        log_prob[:, 0] = 0  # at first an image's beams are equal: only one of them may grow
+        log_prob[:, 0] = 0  # an image's beams all start equal, so only the first may grow
         beams_left = torch.full((B, 1), K, device=device)
-        growing = torch.arange(B, device=device)  # images with beams left; below B counts these
+        growing = torch.arange(B, device=device)  # the images with beams left; G of them, G <= B
         ended = []  # of each step: images, words, log_prob, alphas, betas of captions that ended
         for t in range(1, max_len + 1):
-            log_p, state, alpha, beta = self.next_word(words[:, -1], keys, a, state)  # (B*K, V)
-            total = (log_prob.view(-1, 1) + log_p).view(-1, K * V)  # any beam, then any word
-            log_prob, best = total.topk(K, dim=1)  # (B, K), best first
+            log_p, state, alpha, beta = self.next_word(words[:, -1], keys, a, state)  # (G*K, V)
+            total = (log_prob.view(-1, 1) + log_p).view(-1, K * V)  # (G, K*V): k * V + word
+            log_prob, best = total.topk(K, dim=1)  # (G, K): beam best // V says word best % V
             parents = best // V + K * torch.arange(len(growing), device=device).unsqueeze(1)
             new = [] if alpha is None else [alpha.unsqueeze(1), beta.unsqueeze(1)]
             seen = [torch.cat(x, dim=1) for x in zip(seen, new)] if seen else new
             carried = [torch.cat([words[parents], (best % V).unsqueeze(2)], dim=2),
-                       *(x[parents] for x in seen)]  # (B, K, t+1), (B, K, t, L), (B, K, t)
+                       *(x[parents] for x in seen)]  # (G, K, t+1), (G, K, t, L), (G, K, t)
             kept = (torch.arange(K, device=device) < beams_left) & (log_prob > -torch.inf)
-            ends = kept & (best % V == END) if t < max_len else kept  # (B, K)
+            ends = kept & (best % V == END) if t < max_len else kept  # (G, K)
             image, beam = ends.nonzero(as_tuple=True)
             ended.append([growing[image], *(x[image, beam] for x in (log_prob, *carried))])
             beams_left = beams_left - ends.sum(dim=1, keepdim=True)
@@ -381,14 +380,15 @@ class Captioner(nn.Module):
 
 
 def hypotheses(ended, B, length_penalty):
-    """The captions that a beam search ended -> for each of B images its Hypotheses, best first."""
+    """What beam_search gathered in `ended` -> for each of B images its Hypotheses, best first."""
+    def key(h):  # captions that reached <end> come first
+        return h.tokens[-1] != END, -h.log_prob / len(h.tokens) ** length_penalty
     found = [[] for _ in range(B)]
     for images, log_probs, words, *seen in ended:
         looks = [x.float().cpu().numpy() for x in seen] or [[None] * len(images)] * 2
-        for image, *h in zip(images.tolist(), words[:, 1:].tolist(), log_probs.tolist(), *looks):
-            found[image].append(Hypothesis(*h))
-    return [sorted(some, key=lambda h: (h.tokens[-1] != END, -h.log_prob
-                                        / len(h.tokens) ** length_penalty)) for some in found]
+        for image, *x in zip(images.tolist(), words[:, 1:].tolist(), log_probs.tolist(), *looks):
+            found[image].append(Hypothesis(*x))
+    return [sorted(some, key=key) for some in found]
 
 
 FORMAT = 'show-attend-tell 1'

@@ -34,7 +34,7 @@ def attention_map(alpha, grid, size):
 
 def drawable(letter):
     """The letter, or the end of its Unicode name where the font lacks it: e for é, ya for я."""
-    if bytes(LARGE.getmask(letter)) != bytes(LARGE.getmask('\U0010ffff')):  # the sign for no sign
+    if bytes(LARGE.getmask(letter)) != bytes(LARGE.getmask('\U0010ffff')):  # the box for no sign
         return letter
     name = unicodedata.name(letter, '?').split(' WITH')[0]  # LATIN SMALL LETTER E WITH ACUTE
     return name.replace('-', ' ').split()[-1].lower()
@@ -43,8 +43,8 @@ def drawable(letter):
 def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
     """One picture for a caption: the image, then for each word the image under its attention.
 
-    image: PIL picture; words: T strings; alphas (>= T, L) and betas (>= T,), the gates, from a
-    Hypothesis, or None for a model without attention; grid: (rows, columns) of the L locations.
+    image: PIL picture; words: T strings; alphas (>= T rows: <end> has one too) and betas, the
+    gates, of a Hypothesis, None without attention; grid: (rows, columns) of the L locations.
     """
     shape = min(max(image.height / image.width, 0.5), 2)  # very long pictures are squeezed
     image = image.resize((PANEL, round(PANEL * shape)), Image.BICUBIC)
@@ -128,7 +128,7 @@ def parse_arguments():
 
 
 def explain(captioner, a, best, vocabulary, encoder):
-    """Print the shapes that an image's a (1, L, D) took, and how each word of its caption came."""
+    """Print the shapes along the way for one image's a (1, L, D), then how each word was chosen."""
     captions = torch.tensor([[START, *best.tokens]], device=a.device)  # (1, T+1)
     logits, (keys, _, (h, _)) = captioner(a, captions).logits, captioner.start(a)
     side, shapes = encoder.image_size, [tuple(x.shape[1:]) for x in (a, keys, h, logits)]

@@ -1,5 +1,5 @@
 """Train a captioner, validate it by BLEU, keep the best, and print its row of the paper's table.
-Below: settings, command line, processes, the loss (section 4.2.1), scores (5), training (4.3).
+Below: settings, command line, processes, the loss (4.1, 4.2.1), scores (5), training (4.3).
 
     python train.py                                   shapes, soft attention, a few minutes on a CPU
     python train.py --attn soft --data flickr8k       downloads what is missing
@@ -98,7 +98,7 @@ class Settings:
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # on photographs it learns more slowly
+SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # photographs; --init-from does not set them
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -118,7 +118,7 @@ def parse_settings():
     either.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
                         help='split that --eval scores [%(default)s]')
-    # What these say decides the other defaults.
+    # First pass: --data, --attn, --resume, --eval and --init-from decide the other defaults.
     first, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ('-h', '--help')])
     parser.set_defaults(**(SHAPES_DEFAULTS if first.data == 'shapes' else
                            SHOW_AND_TELL_DEFAULTS if first.attn == 'none' else {}))
@@ -127,7 +127,7 @@ def parse_settings():
         path = checkpoint_in(path, first.resume)
         content = read_checkpoint(path)
         if first.resume and 'training' not in content:
-            raise UserError(f'{path} holds a model and no state of a training, as last.pt does')
+            raise UserError(f'{path} has no training state: --resume needs a run with last.pt')
         saved = {'input_dropout': 0.0} | content['settings']  # older checkpoints lack it
         kept = set(saved) - set(MACHINE) if first.resume or first.eval else MODEL
         parser.set_defaults(**{name: saved[name] for name in kept})
@@ -208,8 +208,8 @@ def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
 def caption_images(model, examples, images, cfg):
     """Caption images -> the best Hypothesis of each, references, hypotheses, pointing.
 
-    images: their array, of which each rank captions a part. references, hypotheses: what people and
-    the model said, lists of words. pointing: per cent of object words with attention on the object.
+    images: their pixels or features, split evenly among ranks. references, hypotheses: what people
+    and the model said, lists of words. pointing: per cent of object words that are hits.
     """
     captioner, encoder, vocabulary = model
     captioner.eval()
@@ -246,7 +246,7 @@ PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),  # table 1: BLEU-1..4, 
 
 
 def report(model, cfg, split, examples, images, folder):
-    """Caption a split, write a COCO results file, and print its row beside the paper's."""
+    """Caption a split, write its results and references, print its row beside the paper's."""
     found, references, hypotheses, point = caption_images(model, examples, images, cfg)
     if RANK:
         return
@@ -298,7 +298,7 @@ def training_data(cfg, examples, vocabulary, images, device):
         images = torch.tensor(images, device=device)  # they fit on the GPU, and no copies wait
     known = sum(word in vocabulary.ids for caption in words for word in caption)
     print(f'{cfg.data}: {len(examples)} training images, {len(ids)} captions, {len(vocabulary)} '
-          f'words ({100 * known / sum(map(len, words)):.1f} % of what is said)', flush=True)
+          f'words ({100 * known / max(1, sum(map(len, words))):.1f} % of what is said)', flush=True)
 
     def read(batch):
         mine = batch[RANK::WORLD] if RANK < len(batch) else batch[:1]  # of weight 0
@@ -325,14 +325,14 @@ def make_optimizer(model, cfg, device, half, state):
     optimizer = (torch.optim.RMSprop(groups) if cfg.optimizer == 'rmsprop' else
                  torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda')))  # in one pass
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-    if 'optimizer' in state:  # but for its options, of which `fused` is what this device can do
+    if 'optimizer' in state:  # the moments alone: rates come from cfg, `fused` from this device
         optimizer.load_state_dict(optimizer.state_dict() | {'state': state['optimizer']['state']})
         scaler.load_state_dict(scaler.state_dict() | state['scaler'])
     return optimizer, scaler
 
 
 def log_epoch(folder, log, epoch, row, model, examples, found):
-    """Add an epoch's row to log.csv, whose lines are `log`; print a caption, draw three images."""
+    """Append an epoch's row to `log`, write that as log.csv; print a caption, draw 3 images."""
     log += [','.join(['epoch', *row])] if epoch == 1 else []
     log.append(','.join(f'{x:g}' for x in (epoch, *row.values())))
     (folder / 'log.csv').write_text('\n'.join(log) + '\n', 'utf-8')
@@ -429,7 +429,7 @@ def train(cfg, device, half, model, folder, state, splits, images):
         row |= {'val BLEU-4': bleu(references, hypotheses)[3], 'captions/s': speed}
         row |= {'pointing': point or 0.0} if cfg.data == 'shapes' else {}
         state.update(epoch=epoch + 1, step=0, totals={})
-        # Where sampling begins the model is another one: what was best before is forgotten.
+        # Hard attention's best is chosen among the epochs that sample: earlier ones are replaced.
         if row['val BLEU-4'] > state['best'] or (cfg.attn == 'hard' and epoch <= cfg.warm_up):
             state.update(best=row['val BLEU-4'], best_epoch=epoch)
             if not RANK:
@@ -454,7 +454,7 @@ def main():
     while folder.exists() and not (args.resume or args.eval):
         folder, number = Path(cfg.out) / f'{name}-{number}', number + 1
     wanted = (args.split,) if args.eval else ('train', 'val', 'test', 'unseen')
-    if RANK:  # what rank 0 downloads and computes the others find on disk
+    if RANK:  # the others wait for rank 0 to download and compute, then find it on disk
         wait()
     splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
     if missing := [split for split in wanted[:2] if split not in splits]:  # test is not needed
