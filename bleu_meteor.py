@@ -163,9 +163,9 @@ def main():
     args = parser.parse_args()
     pairs = []
     try:
-        for path in args.references, args.results:  # what pair_up finds is wrong with the results
+        for path in args.results, args.references:
             with open(path, encoding='utf-8-sig') as file:
-                pairs.insert(0, find_captions(json.load(file)))
+                pairs.append(find_captions(json.load(file)))
         captions, references, missing = pair_up(*pairs, args)
     except (OSError, ValueError, RecursionError) as error:
         parser.exit(2, f'error: {path}: {error}; captions are [{{"image_id": .., "caption": ".."}},'
