@@ -128,7 +128,7 @@ def parse_settings():
         content = read_checkpoint(path)
         if first.resume and 'training' not in content:
             raise UserError(f'{path} has no training state: --resume needs a run with last.pt')
-        saved = {'input_dropout': 0.0} | content['settings']  # older checkpoints lack it
+        saved = content['settings']
         kept = set(saved) - set(MACHINE) if first.resume or first.eval else MODEL
         parser.set_defaults(**{name: saved[name] for name in kept})
         fixed = MODEL + (('data', 'optimizer', 'batch_size', 'seed') if first.resume else ())
