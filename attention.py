@@ -1,11 +1,13 @@
 """Where to look: scores -> weights -> context. Show, Attend and Tell (Xu et al., 2015).
 
-Two score functions (additive, dot-product), two contexts (soft, hard) and two extra terms of the
-loss (doubly stochastic attention, REINFORCE): paper sections 3.1.2, 4.2 and 4.1. Shapes: B images,
-L locations, D features, A attention size, H hidden size, T words; model.py lists every letter.
+BahdanauAttention, DotAttention   scores and weights, paper section 3.1.2
+soft_context, doubly_stochastic   soft attention and its extra term of the loss, section 4.2
+hard_context, reinforce_loss      hard attention and its loss, section 4.1
 
-Several captions or beams may share an image. Then h, alpha and z have N = n * B rows, n consecutive
-ones for each image, while keys and a keep their B rows: nothing is copied. Otherwise N = B.
+Shapes: B images, L locations, D features, A attention size, H hidden size, T words; model.py lists
+every letter. Several beams may share an image. Then h, alpha and z have N = n * B rows, n
+consecutive ones for each image, while keys and a keep their B rows: nothing is copied. Otherwise
+N = B. All captions of a batch have the same length, so no step is padding.
 """
 import torch
 from torch import nn
@@ -30,10 +32,11 @@ class BahdanauAttention(nn.Module):
 
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
-        query = self.W_h(h).view(len(keys), -1, 1, keys.shape[2])  # (B, n, 1, A)
+        B, L, A = keys.shape
+        query = self.W_h(h).view(B, -1, 1, A)  # (B, n, 1, A)
         e = self.v(torch.tanh(keys.unsqueeze(1) + query))  # (B, n, L, 1), eq. (4)
-        # As precise as h, also under autocast.
-        return torch.softmax(e.flatten(2).flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L), eq. (5)
+        # Under autocast e has 16 bits; the weights must be as precise as h.
+        return torch.softmax(e.view(-1, L), dim=1, dtype=h.dtype)  # (N, L), eq. (5)
 
 
 class DotAttention(nn.Module):
@@ -45,69 +48,80 @@ class DotAttention(nn.Module):
 
     def __init__(self, feature_dim, hidden_dim, attn_dim):
         super().__init__()
-        self.W_a = nn.Linear(feature_dim, attn_dim)
+        self.W_a = nn.Linear(feature_dim, attn_dim, bias=False)  # softmax would cancel its bias
         self.W_h = nn.Linear(hidden_dim, attn_dim)
 
-    project = BahdanauAttention.project
+    def project(self, a):
+        """As BahdanauAttention.project."""
+        return self.W_a(a)
 
     def forward(self, keys, h):
         """Keys (B, L, A) and the previous hidden state h (N, H) -> weights alpha (N, L), sum 1."""
-        query = self.W_h(h).view(len(keys), -1, keys.shape[2])  # (B, n, A)
-        e = query @ keys.transpose(1, 2) / keys.shape[2] ** 0.5  # (B, n, L)
+        B, L, A = keys.shape
+        query = self.W_h(h).view(B, -1, A)  # (B, n, A)
+        e = query @ keys.transpose(1, 2) / A ** 0.5  # (B, n, L)
         return torch.softmax(e.flatten(0, 1), dim=1, dtype=h.dtype)  # (N, L)
 
 
 def soft_context(alpha, a):
     """Expected context z = sum_i alpha_i a_i: eq. (13). (N, L), (B, L, D) -> (N, D)."""
-    return (alpha.view(len(a), -1, a.shape[1]) @ a).flatten(0, 1)
+    B, L, D = a.shape
+    z = alpha.view(B, -1, L) @ a  # (B, n, D)
+    return z.view(-1, D)  # (N, D)
 
 
-def hard_context(alpha, a, s=None, soft=None):
-    """One location for each caption, s ~ Multinoulli(alpha), and its vector z = a_s: eq. (8), (9).
+def hard_context(alpha, a, s=None, sampled=None):
+    """One location for each row, s ~ Multinoulli(alpha), and its vector z = a_s: eq. (8), (9).
 
-    alpha (N, L), a (B, L, D). s (N,) gives the locations instead of sampling them. Where `soft`
-    (N,) is true, z is soft_context's instead and log p(s) is 0.
+    alpha (N, L), a (B, L, D). If s (N,) is given, those are the locations; otherwise they are
+    drawn. Where `sampled` (N,) is false, z is soft_context's expectation instead and log p(s) is 0,
+    as for half of the captions in section 4.1: it lowers the variance of the gradient.
     Returns z (N, D) and log p(s) (N,).
     """
     if s is None:
-        # For E_i ~ Exp(1), argmax_i alpha_i / E_i is i with probability alpha_i. torch.multinomial
-        # does the same but makes the CPU wait for the GPU. The clamp rules out 0 / 0.
-        E = torch.empty_like(alpha).exponential_().clamp_min_(torch.finfo(alpha.dtype).tiny)
-        s = (alpha / E).argmax(dim=1)  # (N,)
-    image = torch.arange(len(s), device=a.device) // (len(s) // len(a))  # of each row
+        # For E_i ~ Exp(1), the i with the largest alpha_i / E_i is j with probability alpha_j.
+        # torch.multinomial does the same but makes the CPU wait for the GPU. The clamp rules out
+        # 0 / 0.
+        noise = torch.empty_like(alpha).exponential_().clamp_min_(torch.finfo(alpha.dtype).tiny)
+        s = (alpha / noise).argmax(dim=1)  # (N,)
+    rows_per_image = len(s) // len(a)
+    image = torch.arange(len(s), device=a.device) // rows_per_image  # the image of each row, (N,)
     z = a[image, s]  # (N, D)
     log_p_s = alpha.gather(1, s.unsqueeze(1)).squeeze(1).log()  # (N,)
-    if soft is not None:
-        z = torch.where(soft.unsqueeze(1), soft_context(alpha, a), z)
-        log_p_s = log_p_s.masked_fill(soft, 0.0)
+    if sampled is not None:
+        z = torch.where(sampled.unsqueeze(1), z, soft_context(alpha, a))
+        log_p_s = log_p_s.masked_fill(~sampled, 0.0)
     return z, log_p_s
 
 
 def doubly_stochastic(alphas):
     """How far each location's weights are from summing to 1 over the words: eq. (14).
 
-    Over the locations they sum to 1 by themselves: hence doubly stochastic.
-    alphas (B, T, L) -> sum_i (1 - sum_t alpha_ti)^2 for each caption, (B,).
+    The softmax makes them sum to 1 over the locations; hence "doubly".
+    alphas (N, T, L) -> sum_i (1 - sum_t alpha_ti)^2 for each caption, (N,).
     """
     return (1.0 - alphas.sum(dim=1)).square().sum(dim=1)
 
 
 def entropy(alphas):
-    """Entropy of the weights in nats, summed over the time steps. (B, T, L) -> H[alpha] (B,)."""
+    """Entropy of the weights in nats, summed over the time steps. (N, T, L) -> H[alpha] (N,)."""
     tiny = torch.finfo(alphas.dtype).tiny  # a weight that underflowed to 0 adds 0, not NaN
     return -(alphas * alphas.clamp_min(tiny).log()).sum(dim=(1, 2))
 
 
 def reinforce_loss(log_p_y, log_p_s, alphas, baseline, lambda_r=1.0, lambda_h=0.0):
-    """Loss (N,) for sampled locations; its gradient is minus the learning rule after eq. (12).
+    """Loss (N,) for sampled locations, whose gradient is that of eq. (11), (12) with baseline b:
 
-    No gradient flows through a sample. Instead log p(s | a) is weighted by how much likelier than
-    usual (the baseline) the words were after these looks: looks that helped become likelier.
+        -( log p(y | s, a) + lambda_r (log p(y | s, a) - b) log p(s | a) + lambda_h H[alpha] )
+
+    No gradient flows through a sample. Instead log p(s | a) is multiplied by the advantage, held
+    constant: how much likelier the words were after these looks than usual. Looks that helped
+    become likelier, and every look is credited with the whole caption.
 
     log_p_y (N,) is log p(y | s, a) summed over the words, log_p_s (N,) log p(s | a) summed over the
     steps. Captions that took the expectation have log_p_s = 0, hence no REINFORCE term: their alpha
     learns through z. alphas (N, T, L) are the attention weights. baseline, a number or (N,), must
-    not depend on this caption's own samples.
+    not depend on this caption's own samples, or the gradient is biased.
     """
     advantage = (log_p_y - baseline).detach()
     return -(log_p_y                            # better words

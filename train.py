@@ -1,5 +1,5 @@
 """Train a captioner, validate it by BLEU, keep the best, and print its row of the paper's table.
-Below: settings, command line, processes, the loss (4.1, 4.2.1), scores (5), training (4.3).
+Below: settings, the loss (4.1, 4.2.1), scores (5), training (4.3), several processes, commands.
 
     python train.py                                   shapes, soft attention, a few minutes on a CPU
     python train.py --attn soft --data flickr8k       downloads what is missing
@@ -10,15 +10,17 @@ Below: settings, command line, processes, the loss (4.1, 4.2.1), scores (5), tra
 """
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,25 +29,38 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from attention import doubly_stochastic, entropy, reinforce_loss
-from bleu_meteor import bleu, human_score, score, tokenize
-from data import (END, START, UserError, Vocabulary, cache_arrays, length_batches, load_captions,
-                  pointing, read_rows, run_command, to_device)
-from model import (Captioner, CaptionerConfig, Encoder, load_checkpoint, read_checkpoint,
-                   save_checkpoint)
-from sample import checkpoint_in, draw_page, pick_device
+from bleu_meteor import bleu, score, tokenize
+from data import END, START, UNK, UserError, Vocabulary, as_path, in_one_line, progress
+from data import cache_images, length_batches, load_captions, pointing, run_command
+from model import Captioner, CaptionerConfig, Encoder, checkpoint_in, load_checkpoint, pick_device
+from model import read_checkpoint, save_checkpoint
 
 
-def setting(default, text, choices=None):
-    """A field of Settings: its default, and what argparse is told of its flag."""
-    kind = ({'action': argparse.BooleanOptionalAction} if isinstance(default, bool) else
-            {'type': type(default), 'choices': choices})
-    return field(default=default, metadata={'help': f'{text} [%(default)s]', **kind})
+# ----------------------------------------------------------------------------------------- settings
+def setting(default, text, choices=None, least=None, most=1e9):
+    """A field of Settings: its default, its help, and what it may be."""
+    options = {'help': f'{text} [{default}]'}
+    if least is None:
+        least = 1 if type(default) is int else 0  # a share may be 0, a size may not
+
+    def number(given):
+        value = type(default)(given)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f'{given} is not from {least} to {most:g}')
+        return value
+    if isinstance(default, bool):
+        options['action'] = argparse.BooleanOptionalAction
+    elif isinstance(default, str):
+        options['choices'] = choices
+    else:
+        options['type'] = number
+    return field(default=default, metadata=options)
 
 
 @dataclass
 class Settings:
     """All that a run depends on; every field is a flag. Defaults are for photographs."""
-    data: str = setting('shapes', 'shapes, flickr8k, flickr30k, coco, or any folder in data-dir')
+    data: str = setting('shapes', 'shapes, flickr8k, flickr30k, coco, a folder in data-dir, a path')
     data_dir: str = setting('data', 'folder that holds a folder for each data set')
     skip_bad: bool = setting(False, 'leave out bad captions and images in place of stopping')
     cache_dir: str = setting('cache', 'folder for cached features')
@@ -59,98 +74,181 @@ class Settings:
     encoder: str = setting('pretrained/efficientnet_lite0_stages.pt2',
                            'a .pt2 file, a torchvision CNN by name (paper: vgg19), or tiny')
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
-    finetune_from: int = setting(0, 'epochs before the CNN begins to learn')
-    image_size: int = setting(224, 'images are squeezed into squares of this side, pixels')
+    image_size: int = setting(224, 'images are squeezed into squares of this side')
     embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
     attn_dim: int = setting(512, 'size of the attention layer')
-    dropout: float = setting(0.5, 'share of units dropped in the output layer')
-    input_dropout: float = setting(0.3, 'share dropped of word embeddings and image features')
-    max_words: int = setting(10000, 'vocabulary: this many most frequent training words')
-    min_count: int = setting(0, 'vocabulary: words seen so often (0: 4, below 10,000 captions 1)')
+    dropout: float = setting(0.5, 'share of units dropped in the output layer', most=0.99)
+    input_dropout: float = setting(0.3, 'share of word embeddings and features dropped', most=0.99)
+    min_count: int = setting(0, 'vocabulary: words seen at least so often (0: 4 times, or once '
+                             'where there are less than 10,000 captions)', least=0)
     # loss
     lambda_ds: float = setting(0.0, 'weight of the doubly stochastic term, eq. (14); paper: 1')
     lambda_r: float = setting(0.02, 'hard: weight of the REINFORCE term, eq. (12)')
     lambda_h: float = setting(0.002, 'hard: weight of the entropy term, eq. (12)')
-    expected: float = setting(0.5, 'hard: share of captions that take the expectation instead')
-    warm_up: int = setting(2, 'hard: epochs of soft attention before sampling begins')
-    hard_decode: str = setting('expected', "hard: context in captioning", ('argmax', 'expected'))
+    expected: float = setting(0.5, 'hard: share of captions that take the expectation', most=1)
+    warm_up: int = setting(2, 'hard: epochs of soft attention before sampling begins', least=0)
+    hard_decode: str = setting('expected', 'hard: context in captioning', ('argmax', 'expected'))
     # training
     optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
-    lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine over the epochs')
+    lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine')
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
     batch_size: int = setting(64, 'captions in a batch')
     epochs: int = setting(5, 'epochs at most')
-    patience: int = setting(5, 'stop after this many epochs without a better validation BLEU-4')
     clip: float = setting(5.0, 'largest norm of the gradient, of decoder and CNN each')
-    seed: int = setting(0, 'seed of weights, dropout, batches and samples')
-    amp: bool = setting(False, 'multiply in 16 bits where that is safe (torch.autocast)')
+    seed: int = setting(0, 'seed of weights, dropout, batches and samples', least=0)
+    amp: bool = setting(False, 'multiply in bfloat16 where that is safe (torch.autocast)')
     compile: bool = setting(False, 'compile the step of the decoder (torch.compile)')
     device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
     # captioning
     beam: int = setting(5, 'beam size in validation and test')
     length_penalty: float = setting(0.7, 'captions are ordered by log p / length ** this')
     max_len: int = setting(30, 'most words in a caption')
-    punctuation: bool = setting(False, 'score punctuation as words, as the authors did')
 
 
 # The paper trains from pretrained CNNs on photographs; shapes learns all from nothing in minutes.
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
-                       dropout=0.1, input_dropout=0.0, min_count=1, lr=2e-3, encoder_lr=2e-3,
+                       dropout=0.1, input_dropout=0.0, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # photographs; --init-from does not set them
-
-
-# --------------------------------------------------------------------------------- the command line
-# Settings that make a model, and those of a machine, which are never taken from a checkpoint.
-MODEL = ('attn', 'score', 'cell', 'encoder', 'finetune', 'image_size', 'embed_dim', 'hidden_dim',
-         'attn_dim', 'dropout', 'input_dropout', 'max_words', 'min_count')
-MACHINE = ('data_dir', 'cache_dir', 'out', 'skip_bad', 'device', 'amp', 'compile')
+SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # new ones, on photographs
+# These settings are fixed by a checkpoint, and RUN's by a run that is resumed.
+MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
+         'input_dropout min_count').split()
+RUN = MODEL + ['data', 'optimizer', 'batch_size', 'seed', 'init_from']
 
 
 def parse_settings():
-    """Command line -> Settings, the other flags, the checkpoint they name: its path and content."""
-    parser = argparse.ArgumentParser(description='Train or evaluate a captioner.')
+    """The command line -> Settings, resume, evaluate (a run, or ''), split, path, checkpoint.
+
+    path and checkpoint are what --resume, --eval or --init-from name, or None.
+    """
+    parser = argparse.ArgumentParser(
+        usage='train.py [--setting VALUE ..]   (-h lists them)', argument_default=argparse.SUPPRESS,
+        description='Train or evaluate a captioner. [..] are the defaults for photographs.')
     for f in fields(Settings):
-        parser.add_argument('--' + f.name.replace('_', '-'), default=f.default, **f.metadata)
+        parser.add_argument('--' + f.name.replace('_', '-'), **f.metadata)
     either = parser.add_mutually_exclusive_group()
     either.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
     either.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
-    parser.add_argument('--split', default='test', choices=('train', 'val', 'test', 'unseen'),
-                        help='split that --eval scores [%(default)s]')
-    # First pass: --data, --attn, --resume, --eval and --init-from decide the other defaults.
-    first, _ = parser.parse_known_args([x for x in sys.argv[1:] if x not in ('-h', '--help')])
-    parser.set_defaults(**(SHAPES_DEFAULTS if first.data == 'shapes' else
-                           SHOW_AND_TELL_DEFAULTS if first.attn == 'none' else {}))
-    path, content, fixed = first.resume or first.eval or first.init_from, {}, ()
-    if path:
-        path = checkpoint_in(path, first.resume)
-        content = read_checkpoint(path)
-        if first.resume and 'training' not in content:
-            raise UserError(f'{path} has no training state: --resume needs a run with last.pt')
-        saved = content['settings']
-        kept = set(saved) - set(MACHINE) if first.resume or first.eval else MODEL
-        parser.set_defaults(**{name: saved[name] for name in kept})
-        fixed = MODEL + (('data', 'optimizer', 'batch_size', 'seed') if first.resume else ())
-    args = parser.parse_args()
-    cfg = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
-    for name in ('epochs', 'patience', 'beam', 'max_len', 'max_words', 'batch_size'):
-        if getattr(cfg, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1')
-    for name in fixed:
-        if getattr(cfg, name) != saved[name]:
-            raise UserError(f'--{name.replace("_", "-")} is {saved[name]} in {path}: leave it out')
-    if not 0 <= min(cfg.dropout, cfg.input_dropout) <= max(cfg.dropout, cfg.input_dropout) < 1:
-        raise UserError('--dropout and --input-dropout must be from 0 to below 1')
-    if cfg.attn == 'hard' and cfg.warm_up >= cfg.epochs and not args.eval:
+    parser.add_argument('--split', choices=('train', 'val', 'test', 'unseen'),
+                        help='split that --eval scores [test]')
+    given = vars(parser.parse_args())  # the flags that were given, and no defaults
+    resume, evaluate = given.pop('resume', ''), given.pop('eval', '')
+    if 'split' in given and not evaluate:
+        parser.error('--split goes with --eval alone')
+    split = given.pop('split', 'test')
+
+    # Later updates win: defaults, the data set's, the checkpoint's, the command line.
+    settings = asdict(Settings())
+    if given.get('data', 'shapes') == 'shapes':
+        settings.update(SHAPES_DEFAULTS)
+    elif given.get('attn') == 'none':
+        settings.update(SHOW_AND_TELL_DEFAULTS)
+    path = checkpoint = None
+    if resume or evaluate or 'init_from' in given:
+        if resume:
+            path = as_path(resume) / 'last.pt'
+        else:
+            path = checkpoint_in(evaluate or given['init_from'])
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint['settings']
+        fixed = RUN if resume else MODEL
+        for name in fixed:
+            if name in given and given[name] != saved[name]:
+                flag = name.replace('_', '-')
+                raise UserError(f'--{flag} is {saved[name]} in {path}: leave it out')
+        taken = settings if resume or evaluate else MODEL
+        settings.update({name: saved[name] for name in taken if name in saved})
+    settings.update(given)
+    cfg = Settings(**settings)
+    if cfg.attn == 'hard' and cfg.warm_up >= cfg.epochs and not evaluate:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
-    return cfg, args, path, content
+    return cfg, resume, evaluate, split, path, checkpoint
+
+
+# ----------------------------------------------------------------------------------------- the loss
+def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
+    """Loss of a batch (mean over its captions) and numbers for the log, tensors on a's device.
+
+    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
+    the share `expected` (cfg.expected) of the captions takes the expectation and samples nothing.
+    """
+    if expected is None:
+        expected = cfg.expected
+    targets, sampled = captions[:, 1:], None  # (B, T)
+    T = targets.shape[1]
+    if cfg.attn == 'hard':
+        sampled = torch.rand(len(captions), device=a.device) >= expected  # (B,)
+    out = captioner(a, captions, sampled=sampled)
+    logits = out.logits.flatten(0, 1).float()  # (B*T, V); 16 bits would be too few for log p
+    nll = F.cross_entropy(logits, targets.flatten(), reduction='none')  # (B*T,)
+    log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
+    numbers = {'nll/word': -log_p_y.mean() / T}
+    loss = -log_p_y
+    if cfg.attn == 'soft' and cfg.lambda_ds:
+        loss = loss + cfg.lambda_ds * doubly_stochastic(out.alphas)
+    if cfg.attn == 'hard':
+        loss = reinforce_loss(log_p_y, out.log_p_s.sum(dim=1), out.alphas, baseline, cfg.lambda_r,
+                              cfg.lambda_h)
+        numbers['reward'] = log_p_y.mean()
+        numbers['entropy'] = entropy(out.alphas).mean() / T
+    numbers['loss'] = loss.mean()
+    return loss.mean(), {name: x.detach() for name, x in numbers.items()}
+
+
+# ------------------------------------------------------------------------------ captions and scores
+def caption_images(model, examples, images, cfg):
+    """Caption images -> references, hypotheses, pointing.
+
+    images (N, ..): their pixels or features. references, hypotheses: what people and the model
+    said, lists of words. pointing: per cent of object words that are hits, or None.
+    """
+    captioner, encoder, vocabulary = model
+    captioner.eval()
+    encoder.eval()
+    found, references, hypotheses, hits = [], [], [], []
+    for batch in images.split(25):
+        batch = batch.to(encoder.mean.device)
+        with torch.no_grad():
+            a = (encoder(batch) if encoder.trainable else batch).float()  # (B, L, D)
+        for hypotheses_of_image in captioner.beam_search(a, cfg.beam, cfg.max_len,
+                                                         cfg.length_penalty):
+            found.append(hypotheses_of_image[0])
+    for h, example in zip(found, examples):
+        words = vocabulary.decode(h.tokens)
+        hypotheses.append(words)
+        references.append([tokenize(caption) for caption in example.captions])
+        if example.objects and h.alphas is not None:
+            hits += pointing(words, h.alphas, example.objects, encoder.grid)
+    share = 100 * np.mean(hits) if hits else None
+    return references, hypotheses, share
+
+
+def report(model, cfg, split, examples, images, folder):
+    """Caption a split, print its row of the table, write its results and references."""
+    _, encoder, vocabulary = model
+    references, hypotheses, share = caption_images(model, examples, images, cfg)
+    print(f'\n{cfg.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {cfg.beam}, '
+          f'length penalty {cfg.length_penalty}')
+    scores = score(references, hypotheses) + [share]
+    print(f'{"":32}       B1       B2       B3       B4   METEOR pointing')
+    cells = ['        -' if x is None else f'{x:9.2f}' for x in scores]
+    label = f'this model ({cfg.attn} attention)'
+    print(f'{label:32}' + ''.join(cells))
+    print('BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
+          f"{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK's, with METEOR 1.5's parameters.")
+    results, captions = [], {}
+    for words, x in zip(hypotheses, examples):
+        results.append({'image_id': x.name, 'caption': ' '.join(words)})
+        captions[x.name] = x.captions
+    for name, content in ('results', results), ('references', captions):
+        (folder / f'{split}-{name}.json').write_text(json.dumps(content, indent=0))
 
 
 # -------------------------------------------------------------------------------- several processes
-WORLD = int(os.environ.get('WORLD_SIZE', 1))  # how many there are: torchrun says it
-RANK = int(os.environ['RANK']) if WORLD > 1 else 0  # which of them this is
-wait = dist.barrier if WORLD > 1 else lambda: None  # until all of them wait
+# Only torchrun's variables count: other launchers set them with other meanings.
+environment = os.environ if dist.is_torchelastic_launched() else {}
+WORLD, RANK = int(environment.get('WORLD_SIZE', 1)), int(environment.get('RANK', 0))
 
 
 def join_ranks(name):
@@ -158,9 +256,9 @@ def join_ranks(name):
     if WORLD == 1:
         return pick_device(name)
     if name != 'cpu' and torch.cuda.is_available():
-        if int(os.environ['LOCAL_WORLD_SIZE']) > torch.cuda.device_count():
+        if int(environment['LOCAL_WORLD_SIZE']) > torch.cuda.device_count():
             raise UserError(f'there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node')
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+        name = f'cuda:{environment["LOCAL_RANK"]}'
         torch.cuda.set_device(name)
     device = pick_device(name or 'cpu')
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
@@ -170,316 +268,247 @@ def join_ranks(name):
     return device
 
 
-def mean_over_ranks(x):
-    x = x / WORLD
+def wait():
+    """Until all ranks are here."""
     if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
-
-# ----------------------------------------------------------------------------------------- the loss
-def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
-    """Loss of a batch (mean over its captions) and numbers for the log.
-
-    a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
-    the share `expected` (cfg.expected) of the captions does not sample.
-    """
-    hard, expected = cfg.attn == 'hard', cfg.expected if expected is None else expected
-    targets, soft = captions[:, 1:], None  # (B, T)
-    if hard:  # these captions take the expectation in place of a sample
-        soft = (torch.rand(len(captions), 1, device=a.device) < expected).expand(targets.shape)
-    out = captioner(a, captions, soft=soft)
-    nll = F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction='none')
-    log_p_y = -nll.view(targets.shape).sum(dim=1)  # (B,)
-    loss, numbers = -log_p_y, {'nll/word': -log_p_y.mean() / targets.shape[1]}
-    if cfg.attn == 'soft' and cfg.lambda_ds:
-        loss = loss + cfg.lambda_ds * doubly_stochastic(out.alphas)
-    if hard:
-        loss = reinforce_loss(log_p_y, out.log_p_s.sum(1), out.alphas, baseline, cfg.lambda_r,
-                              cfg.lambda_h)
-        numbers |= {'reward': log_p_y.mean(), 'baseline': torch.as_tensor(baseline),
-                    'entropy': entropy(out.alphas).mean() / targets.shape[1],
-                    'sampled': 1 - soft.float().mean()}
-    numbers = {'loss': loss.mean()} | numbers
-    return numbers['loss'], {key: value.detach() for key, value in numbers.items()}
-
-
-# ------------------------------------------------------------------------------ captions and scores
-def caption_images(model, examples, images, cfg):
-    """Caption images -> the best Hypothesis of each, references, hypotheses, pointing.
-
-    images: their pixels or features, split evenly among ranks. references, hypotheses: what people
-    and the model said, lists of words. pointing: per cent of object words that are hits.
-    """
-    captioner, encoder, vocabulary = model
-    captioner.eval()
-    encoder.eval()
-    mine, found = np.array_split(np.arange(len(images)), WORLD)[RANK], []
-    with torch.no_grad():
-        for i in range(0, len(mine), 25):
-            rows = read_rows(images, mine[i:i + 25], encoder.mean.device)
-            a = (encoder(rows) if encoder.trainable else rows).float()  # (B, L, D)
-            beams = captioner.beam_search(a, cfg.beam, cfg.max_len, cfg.length_penalty)
-            found += [best for best, *_ in beams]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, found)
-        found = sum(parts, [])
-    said = [vocabulary.decode(h.tokens) for h in found]
-    counts = [pointing(words, h.alphas, x.objects, encoder.grid) for words, h, x
-              in zip(said, found, examples) if x.objects and h.alphas is not None]
-    hits, nouns = np.sum(counts or [(0, 0)], axis=0)
-    references = [[tokenize(c, cfg.punctuation) for c in x.captions] for x in examples]
-    hypotheses = [words + ['.'] * cfg.punctuation for words in said]  # each gets its full stop
-    return found, references, hypotheses, float(100 * hits / nouns) if nouns else None
-
-
-PAPER = {('flickr8k', 'none'): (63, 41, 27, None, None),  # table 1: BLEU-1..4, METEOR
-         ('flickr8k', 'soft'): (67, 44.8, 29.9, 19.5, 18.93),
-         ('flickr8k', 'hard'): (67, 45.7, 31.4, 21.3, 20.30),
-         ('flickr30k', 'none'): (66.3, 42.3, 27.7, 18.3, None),
-         ('flickr30k', 'soft'): (66.7, 43.4, 28.8, 19.1, 18.49),
-         ('flickr30k', 'hard'): (66.9, 43.9, 29.6, 19.9, 18.46),
-         ('coco', 'none'): (66.6, 46.1, 32.9, 24.6, None),
-         ('coco', 'soft'): (70.7, 49.2, 34.4, 24.3, 23.90),
-         ('coco', 'hard'): (71.8, 50.4, 35.7, 25.0, 23.04)}
-
-
-def report(model, cfg, split, examples, images, folder):
-    """Caption a split, write its results and references, print its row beside the paper's."""
-    found, references, hypotheses, point = caption_images(model, examples, images, cfg)
-    if RANK:
-        return
-    results = [{'image_id': x.name, 'caption': ' '.join(model[2].decode(h.tokens))}
-               for x, h in zip(examples, found)]
-    for name, content in (('references', {x.name: x.captions for x in examples}),
-                          ('results', results)):
-        text = json.dumps(content, indent=0, ensure_ascii=False)
-        (folder / f'{split}-{name}.json').write_text(text, 'utf-8')
-    shapes, attn = cfg.data == 'shapes', 'no' if cfg.attn == 'none' else cfg.attn
-    rows = {f'this model ({attn} attention{f", {cfg.hard_decode}" * (attn == "hard")})':
-            score(references, hypotheses) + [point] * shapes,
-            'the paper' + ' (Google NIC)' * (attn == 'no'): PAPER.get((cfg.data, cfg.attn)),
-            'people, one against the others': human_score(references)}
-    print(f'\n{cfg.data} {split}: {len(examples)} images, encoder {model[1].key}, beam {cfg.beam}, '
-          f'length penalty {cfg.length_penalty}' + ', punctuation counts' * cfg.punctuation)
-    print(' ' * 36 + '       B1       B2       B3       B4   METEOR' + ' pointing' * shapes)
-    for label, row in rows.items():
-        if row:
-            print(f'{label:36}' + ''.join('        -' if x is None else f'{x:9.2f}' for x in row))
-    print('BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
-          f"{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK's, with METEOR 1.5's parameters.")
+        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------- training
-def build(cfg, captions, device):
-    """A new captioner, encoder and vocabulary (of the captions, lists of words)."""
+def build(cfg, examples, device):
+    """A new captioner, encoder and vocabulary for training examples."""
     torch.manual_seed(cfg.seed)
+    captions = [tokenize(caption) for example in examples for caption in example.captions]
     min_count = cfg.min_count or (4 if len(captions) >= 10000 else 1)
-    vocabulary = Vocabulary.build(captions, cfg.max_words, min_count)
+    vocabulary = Vocabulary.build(captions, min_count=min_count)
     if not vocabulary.words:
         raise UserError(f'no word occurs {min_count} times in training captions: lower --min-count')
-    encoder = Encoder(cfg.encoder, cfg.image_size, trainable=cfg.finetune or cfg.encoder == 'tiny')
-    config = CaptionerConfig(len(vocabulary), encoder.feature_dim, cfg.attn, cfg.score, cfg.cell,
-                             cfg.embed_dim, cfg.hidden_dim, cfg.attn_dim, cfg.dropout,
-                             cfg.hard_decode, cfg.input_dropout)
-    return Captioner(config).to(device), encoder.to(device), vocabulary
+    encoder = Encoder(cfg.encoder, cfg.image_size, cfg.finetune or cfg.encoder == 'tiny',
+                      device=device, batch=32)
+    names = [f.name for f in fields(CaptionerConfig)][2:]  # all but the two sizes that data have
+    config = CaptionerConfig(len(vocabulary), encoder.feature_dim,
+                             **{name: getattr(cfg, name) for name in names})
+    return Captioner(config).to(device), encoder, vocabulary
 
 
-def training_data(cfg, examples, vocabulary, images, device):
-    """Training captions -> their lengths (N,), and a function that reads some by their indices.
-
-    It returns this rank's part of the batch: images, captions (B, T+1), their weight in the mean.
-    """
-    words = [tokenize(c) for x in examples for c in x.captions]
-    ids = [[START, *vocabulary.encode(caption), END] for caption in words]
-    image_of = np.array([i for i, x in enumerate(examples) for _ in x.captions])
-    if device.type == 'cuda' and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = torch.tensor(images, device=device)  # they fit on the GPU, and no copies wait
-    known = sum(word in vocabulary.ids for caption in words for word in caption)
+def training_captions(cfg, examples, vocabulary):
+    """Training captions as word ids, lists of T+1, and the number of each caption's image (N,)."""
+    ids, image_of = [], []
+    for i, example in enumerate(examples):
+        for caption in example.captions:
+            ids.append([START, *vocabulary.encode(tokenize(caption)), END])
+            image_of.append(i)
+    said = np.concatenate(ids)
+    said = said[said > END]  # words and <unk>
     print(f'{cfg.data}: {len(examples)} training images, {len(ids)} captions, {len(vocabulary)} '
-          f'words ({100 * known / max(1, sum(map(len, words))):.1f} % of what is said)', flush=True)
-
-    def read(batch):
-        mine = batch[RANK::WORLD] if RANK < len(batch) else batch[:1]  # of weight 0
-        return (read_rows(images, image_of[mine], device),
-                to_device(torch.tensor([ids[i] for i in mine]), device),
-                len(batch[RANK::WORLD]) * WORLD / len(batch))
-    return np.array([len(caption) for caption in ids]), read
+          f'words ({100 * np.mean(said != UNK):.1f} % of what is said)')
+    longer = sum(len(caption) - 2 > cfg.max_len for caption in ids)
+    if longer:
+        print(f'{longer} of these captions are longer than --max-len, which ends what the model '
+              f'says after {cfg.max_len} words')
+    return ids, torch.tensor(image_of)
 
 
-def half_precision(device):
-    """The 16-bit numbers that --amp multiplies: bfloat16, or float16 on GPUs without it."""
-    if device.type == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    known = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
-    if known and not any(able for name, able in known.items() if 'bf16' in name):
-        print('this CPU has no bfloat16 products: --amp will be slower than without it')
-    return torch.bfloat16
+def make_optimizer(model, cfg):
+    """Adam or RMSprop with two groups of weights: the captioner's and the encoder's."""
+    captioner, encoder, _ = model
+    groups = []
+    for module in captioner, encoder:
+        groups.append({'params': [p for p in module.parameters() if p.requires_grad]})
+    if cfg.optimizer == 'rmsprop':
+        return torch.optim.RMSprop(groups)
+    return torch.optim.Adam(groups, fused=True)  # all weights in one pass
 
 
-def make_optimizer(model, cfg, device, half, state):
-    """Adam or RMSprop, and the scaler of float16's gradients, where `state` left them."""
-    groups = [{'params': [p for p in module.parameters() if p.requires_grad], 'first_lr': lr}
-              for module, lr in ((model[0], cfg.lr), (model[1], cfg.encoder_lr))]
-    optimizer = (torch.optim.RMSprop(groups) if cfg.optimizer == 'rmsprop' else
-                 torch.optim.Adam(groups, fused=device.type in ('cpu', 'cuda')))  # in one pass
-    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-    if 'optimizer' in state:  # the moments alone: rates come from cfg, `fused` from this device
-        optimizer.load_state_dict(optimizer.state_dict() | {'state': state['optimizer']['state']})
-        scaler.load_state_dict(scaler.state_dict() | state['scaler'])
-    return optimizer, scaler
+def compiled(step, device):
+    """The decoder's step as one graph, or a UserError where nothing can be compiled."""
+    with in_one_line('--compile finds no working compiler', 'install one (g++, Visual Studio, on '
+                     'GPUs triton), or leave --compile out'):
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    torch._dynamo.config.optimize_ddp = False  # else DistributedDataParallel splits the graph
+    return torch.compile(step)
 
 
-def log_epoch(folder, log, epoch, row, model, examples, found):
-    """Append an epoch's row to `log`, write that as log.csv; print a caption, draw 3 images."""
-    log += [','.join(['epoch', *row])] if epoch == 1 else []
-    log.append(','.join(f'{x:g}' for x in (epoch, *row.values())))
-    (folder / 'log.csv').write_text('\n'.join(log) + '\n', 'utf-8')
-    said = [model[2].decode(h.tokens) for h in found[:3]]
-    print(f'    {" ".join(said[0])}   [{examples[0].captions[0]}]', flush=True)
-    draw_page(folder / f'attention-{epoch:02}.png', [
-        (x.image, words, h.alphas, h.betas, model[1].grid)
-        for x, words, h in zip(examples, said, found)])
+def train(cfg, device, model, folder, run, splits, images):
+    """The loop, from where `run` stands to the last epoch; best.pt holds the best one's model.
 
-
-def train(cfg, device, half, model, folder, state, splits, images):
-    """The loop, from where `state` stands to the last epoch; best.pt holds the best one's model."""
+    run: what has been reached (see train_and_test): epoch, step, best score, sums for the log.
+    """
     captioner, encoder, vocabulary = model
-    lengths, read = training_data(cfg, splits['train'], vocabulary, images['train'], device)
-    optimizer, scaler = make_optimizer(model, cfg, device, half, state)
+    ids, image_of = training_captions(cfg, splits['train'], vocabulary)
+    lengths = np.array([len(caption) for caption in ids])
+    optimizer = make_optimizer(model, cfg)
+    if run.optimizer:  # --resume
+        optimizer.load_state_dict(run.optimizer)
     if cfg.compile:
-        captioner.step = torch.compile(captioner.step)
+        captioner.step = compiled(captioner.step, device)
     decoder, cnn = captioner, encoder
-    if WORLD > 1:  # an RNN does not use f_init_c, which DistributedDataParallel must know
-        torch._dynamo.config.optimize_ddp = False  # it would split a compiled step
-        decoder = DistributedDataParallel(captioner, find_unused_parameters=cfg.cell == 'rnn')
+    if WORLD > 1:
+        rnn = cfg.cell == 'rnn'  # it does not use f_init_c
+        decoder = DistributedDataParallel(captioner, find_unused_parameters=rnn)
         cnn = DistributedDataParallel(encoder) if encoder.trainable else encoder
-    stop, saved = [], time.time()
-
-    def on_ctrl_c(*_):  # the run ends after its step; a second Ctrl-C ends it at once
-        stop.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def save_last():
-        state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        save_checkpoint(folder / 'last.pt', *model, asdict(cfg), training=state)
+        for weight in (*captioner.parameters(), *encoder.parameters()):
+            if not weight.isfinite().all():
+                raise UserError('the weights are not numbers any more: go on from the last save '
+                                f'with --resume "{folder}" --lr {cfg.lr / 4:.0e}')
+        run.optimizer = optimizer.state_dict()
+        if RANK == 0:
+            save_checkpoint(folder / 'last.pt', *model, asdict(cfg), training=vars(run))
+        return time.time()
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if not RANK and 'optimizer' not in state:
-        save_last()  # a run can be resumed from its first moment on
-    print(f'run: {folder}', flush=True)
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    while state['epoch'] < cfg.epochs and state['epoch'] - state['best_epoch'] <= cfg.patience:
-        epoch, first, began = state['epoch'], state['step'], time.time()
-        batches = length_batches(lengths, cfg.batch_size, np.random.default_rng((cfg.seed, epoch)))
+    saved_at = save_last()  # a run can be resumed from its first moment on
+    print(f'run: {folder}')
+    while run.epoch < cfg.epochs:
+        epoch, first, began = run.epoch, run.step, time.time()
+        rng = np.random.default_rng((cfg.seed, epoch))
+        batches = length_batches(lengths, cfg.batch_size, rng)
+        batches = [batch for batch in batches if len(batch) >= WORLD]
         expected = 1.0 if epoch < cfg.warm_up else cfg.expected
-        learns = encoder.trainable and epoch >= cfg.finetune_from
         captioner.train()
-        encoder.train(learns)
+        encoder.train()
         for step in range(first, len(batches)):
-            rows, y, weight = read(batches[step])  # images, captions (B, T+1)
             # Dropout and samples depend on the step alone: a run that is resumed draws the same.
+            # (The hash of numbers is the same in every process.)
             torch.manual_seed(hash((cfg.seed, RANK, epoch, step)))
             done = (epoch + step / len(batches)) / cfg.epochs  # share of the training
-            for group in optimizer.param_groups:
-                group['lr'] = group['first_lr'] * 0.5 * (1 + math.cos(math.pi * done))
-            with torch.autocast(device.type, half, enabled=cfg.amp):
-                with torch.set_grad_enabled(learns):
-                    a = (cnn(rows) if encoder.trainable else rows).float()  # (B, L, D)
-                loss, numbers = batch_loss(decoder, a, y, cfg, state['baseline'], expected)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(weight * loss).backward()
-            scaler.unscale_(optimizer)
+            for group, rate in zip(optimizer.param_groups, (cfg.lr, cfg.encoder_lr)):
+                group['lr'] = rate * 0.5 * (1 + math.cos(math.pi * done))
+            batch = batches[step]
+            equal = len(batch) - len(batch) % WORLD  # every rank gets as many captions
+            batch = batch[RANK:equal:WORLD]
+            x = images['train'][image_of[batch]].to(device)  # features (B, L, D), or pixels
+            y = torch.tensor([ids[i] for i in batch]).to(device)  # (B, T+1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
+                a = (cnn(x) if encoder.trainable else x).float()  # (B, L, D)
+                loss, numbers = batch_loss(decoder, a, y, cfg, run.baseline, expected)
+            optimizer.zero_grad()
+            loss.backward()
             for group in optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group['params'], cfg.clip)
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
 
-            state['step'] = step + 1
-            for key, value in numbers.items():  # tensors: a number would wait for the GPU
-                state['totals'][key] = state['totals'].get(key, 0.0) + weight * value
-            if 'reward' in numbers:  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
-                reward = mean_over_ranks(weight * numbers['reward'])
-                state['baseline'] = 0.9 * state['baseline'] + 0.1 * reward
-            # Has any rank had Ctrl-C? The tensor is on the CPU, so no GPU is waited for.
-            stopping = mean_over_ranks(torch.tensor(float(len(stop)))) > 0
-            if step % 50 == 49 or step + 1 == len(batches) or stopping:
-                watched = [state['totals']['loss'], *captioner.parameters(), *encoder.parameters()]
-                if not all(x.isfinite().all() for x in watched):
-                    raise UserError(f'the loss is not a number in epoch {epoch + 1}: go on from '
-                                    f'last.pt with --resume {folder} --lr {cfg.lr / 4:.0e}')
-                if sys.stdout.isatty():
-                    print(f'epoch {epoch + 1}/{cfg.epochs}  {step + 1}/{len(batches)}  loss '
-                          f'{loss.item():.2f}', end='  \r', flush=True)
-                if not RANK and (stopping or time.time() - saved > 600):
-                    save_last()
-                    saved = time.time()
-            if stopping:
-                wait()  # a rank that ends before would have rank 0 killed
-                print(f'\nstopped; go on with: python train.py --resume {folder} (--amp .. again)')
-                sys.exit(130)
+            run.step = step + 1
+            for name, value in numbers.items():  # tensors: .item() would wait for the GPU
+                run.totals[name] = run.totals.get(name, 0) + value
+            if cfg.attn == 'hard':  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
+                run.baseline = 0.9 * run.baseline + 0.1 * numbers['reward']  # each rank's own
+            if step % 50 == 49:
+                progress(f'epoch {epoch + 1}  {step + 1}/{len(batches)}  loss {loss.item():.2f}')
+            if time.time() - saved_at > 120:
+                saved_at = save_last()
 
-        speed = sum(map(len, batches[first:])) / (time.time() - began)
-        for buffer in encoder.buffers() if WORLD > 1 else ():  # statistics of batch normalisation
-            dist.broadcast(buffer, 0)
-        found, references, hypotheses, point = caption_images(model, splits['val'], images['val'],
-                                                              cfg)
-        row = {key: float(mean_over_ranks(x)) / len(batches) for key, x in state['totals'].items()}
-        row |= {'val BLEU-4': bleu(references, hypotheses)[3], 'captions/s': speed}
-        row |= {'pointing': point or 0.0} if cfg.data == 'shapes' else {}
-        state.update(epoch=epoch + 1, step=0, totals={})
-        # Hard attention's best is chosen among the epochs that sample: earlier ones are replaced.
-        if row['val BLEU-4'] > state['best'] or (cfg.attn == 'hard' and epoch <= cfg.warm_up):
-            state.update(best=row['val BLEU-4'], best_epoch=epoch)
-            if not RANK:
-                save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
-        if not RANK:
-            print(f'epoch {epoch + 1}/{cfg.epochs}', *(f' {key} {x:.3f}' for key, x in row.items()))
-            log_epoch(folder, state['log'], epoch + 1, row, model, splits['val'], found)
-            save_last()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        save_last()  # no broken weights are validated
+        row = {name: float(total) / len(batches) for name, total in run.totals.items()}
+        row['captions/s'] = sum(map(len, batches[first:])) / (time.time() - began)
+        if RANK == 0:
+            validate(model, cfg, splits['val'], images['val'], folder, run, row)
+        run.epoch, run.step, run.totals = epoch + 1, 0, {}
+        saved_at = save_last()
+
+
+def validate(model, cfg, examples, images, folder, run, row):
+    """Caption the validation images; add to the epoch's row and the log; keep the best model."""
+    references, hypotheses, share = caption_images(model, examples, images, cfg)
+    row['val BLEU-4'] = bleu(references, hypotheses)[3]
+    if cfg.data == 'shapes':
+        row['pointing'] = share or 0.0  # the log has the same columns in every epoch
+    if run.epoch == 0:
+        run.log.append(','.join(['epoch', *row]))
+    run.log.append(','.join(f'{x:g}' for x in (run.epoch + 1, *row.values())))
+    (folder / 'log.csv').write_text('\n'.join(run.log) + '\n', 'utf-8')
+    print(f'epoch {run.epoch + 1}/{cfg.epochs}', *(f' {name} {x:.3f}' for name, x in row.items()))
+    print(f'    {" ".join(hypotheses[0])}   [{" ".join(references[0][0])}]')
+    # Hard attention's best is one of the epochs that sample: the first of them replaces all before.
+    if row['val BLEU-4'] > run.best or (cfg.attn == 'hard' and run.epoch == cfg.warm_up):
+        run.best, run.best_epoch = row['val BLEU-4'], run.epoch
+        save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
+
+
+# --------------------------------------------------------------------------------- the two programs
+def prepare(cfg, device, wanted, checkpoint):
+    """Data, model (a new one, or the checkpoint's) and images -> splits, model, images."""
+    if RANK:  # wait until rank 0 has downloaded and computed
+        wait()
+    splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
+    for split in wanted[:2]:  # train and val, or the split to score
+        if split not in splits:
+            raise UserError(f'{cfg.data} has no images with captions for {split}: add some')
+    if checkpoint:
+        *model, _ = load_checkpoint(checkpoint, device)
+    else:
+        model = build(cfg, splits['train'], device)
+    captioner, encoder, _ = model
+    captioner.config.hard_decode = cfg.hard_decode
+    encode = None if encoder.trainable else encoder  # a frozen one computes its features once
+    images = {}
+    for split, examples in splits.items():
+        images[split] = cache_images(examples, encoder.image_size, cfg.cache_dir, encoder.key,
+                                     encode)
+    if not RANK:  # let the others go on
+        wait()
+    return splits, model, images
+
+
+def new_folder(out, name):
+    """Make a folder for a run, out/NAME or with a number after it: no two runs share one."""
+    as_path(out).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = as_path(out) / (name if number == 1 else f'{name}-{number}')
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def train_and_test(cfg, device, head, path, checkpoint):
+    """Train a new run, or go on with one, and report its best model -> its folder."""
+    splits, model, images = prepare(cfg, device, ('train', 'val', 'test', 'unseen'), checkpoint)
+    head.append(f'# settings: {cfg}')
+    print(head[-1])
+    run = SimpleNamespace(epoch=0, step=0, best=-1.0, best_epoch=-1, baseline=torch.zeros(()),
+                          totals={}, log=head, optimizer=None)
+    folder = None
+    if path:  # --resume
+        folder = path.parent
+        vars(run).update(checkpoint['training'])
+    elif RANK == 0:
+        folder = new_folder(cfg.out, cfg.name or f'{Path(cfg.data).name}-{cfg.attn}')
+    run.baseline = run.baseline.to(device)
+    try:
+        train(cfg, device, model, folder, run, splits, images)
+    except KeyboardInterrupt:
+        if RANK:
+            raise
+        hint = f'go on with: python "{sys.argv[0]}" --resume "{folder}"'
+        raise KeyboardInterrupt(hint) from None
+    if RANK == 0:
+        *model, _ = load_checkpoint(folder / 'best.pt', device)
+        print(f'best epoch: {run.best_epoch + 1}')
+        for split in 'test', 'unseen':
+            if split in splits:
+                report(model, cfg, split, splits[split], images[split], folder)
+    return folder
 
 
 def main():
-    cfg, args, path, content = parse_settings()
+    cfg, resume, evaluate, split, path, checkpoint = parse_settings()
     device = join_ranks(cfg.device)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    half = half_precision(device) if cfg.amp else None
-    head = [f'# command: {" ".join(sys.argv)}', f'# settings: {cfg}',
-            f'# torch {torch.__version__}, {WORLD} x {device}' + f', {half}' * cfg.amp]
+    torch.backends.cuda.matmul.allow_tf32 = True  # faster products, a little less exact
+    head = [f'# command: {" ".join(sys.argv)}',
+            f'# torch {torch.__version__}, {WORLD} x {device}']
     print(*head, sep='\n')
-    name, number = cfg.name or f'{cfg.data}-{cfg.attn}', 2
-    folder = path.parent if args.resume or args.eval else Path(cfg.out) / name
-    while folder.exists() and not (args.resume or args.eval):
-        folder, number = Path(cfg.out) / f'{name}-{number}', number + 1
-    wanted = (args.split,) if args.eval else ('train', 'val', 'test', 'unseen')
-    if RANK:  # the others wait for rank 0 to download and compute, then find it on disk
-        wait()
-    splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
-    if missing := [split for split in wanted[:2] if split not in splits]:  # test is not needed
-        raise UserError(f'{cfg.data} has no images with captions for {" and ".join(missing)}')
-    model = (load_checkpoint(path, device, cfg.hard_decode)[:3] if path else
-             build(cfg, [tokenize(c) for x in splits['train'] for c in x.captions], device))
-    cnn = model[1]  # of a frozen one features (L, D) are kept; one that learns needs the pixels
-    kept = ('pixels',) if cnn.trainable else (cnn.key, lambda images: cnn(images.to(device)))
-    images = {split: cache_arrays(examples, cnn.image_size, cfg.cache_dir, *kept)
-              for split, examples in splits.items()}
-    if not RANK:
-        wait()
-    if not args.eval:
-        state = content['training'] if args.resume else dict(
-            epoch=0, step=0, best=-1.0, best_epoch=-1, baseline=0.0, totals={}, log=head)
-        train(cfg, device, half, model, folder, state, splits, images)
-        wait()
-        model = load_checkpoint(folder / 'best.pt', device, cfg.hard_decode)[:3]
-        print(f'best epoch: {state["best_epoch"] + 1}')
-    for split in (args.split,) if args.eval else ('test', 'unseen'):
-        if split in splits:
-            report(model, cfg, split, splits[split], images[split], folder)
-    print(f'\ncaption images with it: python sample.py img.jpg --checkpoint {args.eval or folder}')
+    if evaluate:
+        splits, model, images = prepare(cfg, device, (split,), checkpoint)
+        if RANK == 0:
+            report(model, cfg, split, splits[split], images[split], path.parent)
+    else:
+        path = train_and_test(cfg, device, head, path if resume else None, checkpoint)
+    sample = Path(sys.argv[0]).with_name('sample.py')
+    print(f'\ncaption images with it: python "{sample}" img.jpg --checkpoint "{path}"')
+    wait()
     if WORLD > 1:
-        gc.collect()  # a thread of gloo that still frees a tensor while Python ends aborts it
+        gc.collect()  # else gloo may free a tensor while Python ends, and abort
         dist.destroy_process_group()
 
 
