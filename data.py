@@ -144,12 +144,12 @@ def progress(text):
         print(f'{text:79}', end='\r', flush=True)
 
 
-def image_batches(sources, size, encode=None, batch_size=32):
+def image_batches(sources, size, encode=None):
     """Yield uint8 tensors (B, 3, size, size), in order, or what encode makes of them as float16."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i in range(0, len(sources), batch_size):
+        for i in range(0, len(sources), 32):
             progress(f'{i} of {len(sources)} images')
-            pixels = pool.map(lambda source: load_image(source, size), sources[i:i + batch_size])
+            pixels = pool.map(lambda source: load_image(source, size), sources[i:i + 32])
             batch = torch.from_numpy(np.stack(list(pixels)))
             if encode:
                 batch = encode(batch).half().cpu()
@@ -170,7 +170,7 @@ def cache_images(examples, size, cache_dir, label, encode=None):
     sources = [example.image for example in examples]
     if isinstance(sources[0], np.ndarray):  # drawn ones are few
         return torch.cat(list(image_batches(sources, size, encode)))
-    known = [label, size, 'features' if encode else 'pixels']
+    known = [label, size, encode is None]
     for path in sources:
         known += [path.name, path.stat().st_size, path.stat().st_mtime_ns]
     digest = hashlib.sha256(str(known).encode()).hexdigest()[:12]
@@ -304,7 +304,8 @@ DOWNLOADS = {
         ('images', COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
         ('images', COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
 UNFINISHED = '.unfinished-download'  # this file marks a folder until its download is complete
-SPLITS = {'train': 'train', 'restval': 'train', 'val': 'val', 'dev': 'val', 'test': 'test'}
+SPLITS = {'train': 'train', 'restval': 'train', 'val': 'val', 'dev': 'val', 'valid': 'val',
+          'validation': 'val', 'test': 'test'}
 SPLIT_LIST = r'(.*[^a-z])?SPLIT(images)?\.txt'  # such as train.txt, Flickr_8k.trainImages.txt
 # Patterns of the names of caption files: the first that fits any file is used.
 CAPTION_FILES = (r'dataset_NAME\.json', r'dataset_.*\.json', r'captions_.*\.json',
@@ -345,8 +346,12 @@ def list_files(folder):
     def refuse(error):  # a folder that may not be read is not an empty one
         raise error
 
-    files = []
+    files, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link leads back to where we were
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not LEFT_BEHIND.fullmatch(name)]
         files += [Path(place, name) for name in names if not LEFT_BEHIND.fullmatch(name)]
     return sorted(files)
@@ -398,7 +403,8 @@ def read_json(path):
 MARK = r'\s*[\t,;|]\s*'
 ROW = re.compile(rf"""\s*
     "?(?P<image>[^"\t,;|]+?)"?(\#\d+)?{MARK}   # a.jpg or, in Flickr's own files, a.jpg#0
-    (\d+({MARK}|\s\s+))?                      # or the number is a field (Flickr30k lost one mark)
+    (\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d])        # or the number is a field, but not that of "1,000"
+    | (?<=\|\s\d)\s\s+))?                    # (once in Flickr30k without its mark)
     ("(?P<quoted>([^"]|"")*)"                  # a caption in quotes ..
     | (?!"([^"]|"")*"?\s*([\t,;|]|$))          # .. or without; not one that began and does not end
       (?P<caption>.*\S))\s*""", re.X)
@@ -414,17 +420,17 @@ def read_table(path, problems):
     rows = []
     lines = read_text(path).split('\n')
     columns = re.split(MARK, lines[0])
-    if not is_image(columns[0].split('#')[0].strip(' "')):  # a header, perhaps Flickr30k's
-        if len(columns) != 2 and 'comment_number' not in columns:
+    if '.' not in columns[0]:  # a header, perhaps Flickr30k's
+        if len(columns) != 2 and columns[1:2] != ['comment_number']:
             raise UserError(f'{path} has the columns {lines[0]!r:.80}: each line should be {FORM}')
         lines[0] = ''
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith('2258277193_586949ec62.jpg.1#'):
             continue  # Flickr8k has captions of that image, and no such image
-        row = ROW.fullmatch(line)
+        row = ROW.fullmatch(line.strip())
         if row and is_image(row['image']):
             caption = row['caption'] or row['quoted'].replace('""', '"')
-            is_list = caption.startswith(('["', "['"))
+            is_list = re.match(r'[\[({]\s*["\']', caption)
             if not is_list:
                 rows.append((plain(row['image']), caption, ''))
                 continue
@@ -462,7 +468,7 @@ def read_captions(name, files, problems):
 def read_lists(files, captions, problems):
     """Lists of images, such as train.txt -> {plain name: split}; a later split's list wins."""
     split_of, moved = {}, 0
-    for split in 'train', 'val', 'dev', 'test':
+    for split in SPLITS:
         for path in files:
             if not re.fullmatch(SPLIT_LIST.replace('SPLIT', split), path.name.lower()):
                 continue
@@ -486,7 +492,8 @@ def draw_missing(split_of):
     """
     for split in 'val', 'test':
         def place(name):  # from 0 to 1, another one in each split
-            return int(hashlib.md5(f'{split} {name}'.encode()).hexdigest(), 16) / 16 ** 32
+            text = f'{split} {name}'.encode(errors='replace')
+            return int(hashlib.md5(text).hexdigest(), 16) / 16 ** 32
         names = [name for name in split_of if split_of[name] == 'train']
         if split in split_of.values() or not names:
             continue
@@ -494,6 +501,21 @@ def draw_missing(split_of):
         for i, name in enumerate(sorted(names, key=place)):
             if i == 0 or place(name) < 0.1:  # one at least
                 split_of[name] = split
+
+
+def data_files(name, root):
+    """A data set's folder and all files in it; an empty one of a known name is downloaded into."""
+    if as_path(name).is_dir():  # a path comes first
+        folder = as_path(name)
+    else:
+        folder = as_path(root) / name
+    files = list_files(folder) if folder.exists() else []
+    archives = tuple(Path(address).stem for _, address, *_ in DOWNLOADS.get(name, ()))
+    users = [path for path in files if not str(path.relative_to(folder)).startswith(archives)]
+    if archives and not users and (not files or (folder / UNFINISHED).exists()):
+        download(name, folder)
+        files = list_files(folder)
+    return folder, files
 
 
 def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'test', 'unseen')):
@@ -506,14 +528,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     if name == 'shapes':
         sizes = {'train': 7000, 'val': 200, 'test': 400, 'unseen': 400}
         return {split: make_shapes(sizes[split], split, split == 'unseen') for split in splits}
-    if as_path(name).is_dir():  # a path comes first
-        folder = as_path(name)
-    else:
-        folder = as_path(root) / name
-    files = list_files(folder) if folder.exists() else []
-    if name in DOWNLOADS and (not files or (folder / UNFINISHED).exists()):
-        download(name, folder)
-        files = list_files(folder)
+    folder, files = data_files(name, root)
     on_disk, problems, found = {}, [], {}
     for path in filter(is_image, files):
         if plain(path) in on_disk:
@@ -525,6 +540,11 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     captions, split_of = read_captions(folder.name, files, problems)
     split_of = split_of or read_lists(files, captions, problems)
     split_of = split_of or dict.fromkeys(captions, 'train')
+    if len(split_of) < len(captions):
+        print(f'{len(captions) - len(split_of)} images are in no split and left out')
+    if not on_disk.keys() & split_of:
+        raise UserError(f'{folder} has none of the images that have captions, such as '
+                        f'{next(iter(captions), "any")}')
     draw_missing(split_of)
     for split in splits:
         images = [image for image in split_of if split_of[image] == split]
@@ -569,8 +589,7 @@ def run_command(main):
     try:
         main()
     except KeyboardInterrupt as stop:
-        hint = f'; {stop}' if str(stop) else ''
-        print(f'\nstopped{hint}', file=sys.stderr)
+        print(f'\nstopped{stop}', file=sys.stderr)  # train.py adds how to go on
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         sys.stdout = open(os.devnull, 'w')

@@ -91,22 +91,21 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.',
                                      usage='sample.py IMAGE [IMAGE ..] [--checkpoint RUN ..]')
 
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f'{text} is not 1 or more')
-        return int(text)
     add = parser.add_argument
     add('images', nargs='+', type=as_path, help='image files, or folders of images')
     add('--checkpoint', default=PRETRAINED / 'soft.pt',
         help='trained model: a file, or a folder such as runs/NAME [pretrained/soft.pt]')
     add('--explain', action='store_true', help='say how each word came about (not with --json)')
-    add('--top', type=positive, default=1, help='captions for each image, at most beam [1]')
-    add('--beam', type=positive, help='beam size [as in training]')
+    add('--top', type=int, default=1, help='captions for each image, at most beam [1]')
+    add('--beam', type=int, help='beam size [as in training]')
     add('--hard-decode', choices=('argmax', 'expected'), help='hard attention [as in training]')
     add('--out', help='folder for the pictures [beside each image]')
     add('--json', action='store_true', help="print COCO's results file instead of text")
     add('--device', default='', help='cpu, cuda or mps [the best there is]')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.top < 1 or args.beam is not None and args.beam < 1:
+        parser.error('--top and --beam must be at least 1')
+    return args
 
 
 def explain(captioner, a, best, vocabulary, encoder):

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import threading
 import unicodedata
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
@@ -51,10 +50,10 @@ from attention import DotAttention, doubly_stochastic, entropy, hard_context, re
 from attention import soft_context
 from bleu_meteor import bleu, meteor, tokenize
 from data import END, PAD, START, UNK, UserError, Vocabulary
-from model import Captioner, CaptionerConfig, checkpoint_in, Encoder, load_checkpoint, LSTMCell
-from model import read_checkpoint, RNNCell, save_checkpoint
-from sample import LARGE, PANEL, attention_map, draw_attention, drawable
-from train import batch_loss, Settings
+from model import Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, checkpoint_in
+from model import load_checkpoint, save_checkpoint
+from sample import PANEL, attention_map, draw_attention, drawable
+from train import Settings, batch_loss
 
 try:
     import resource
@@ -99,24 +98,6 @@ def same(one, other):
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
-
-
-def damage(path, count, read):
-    """Overwrite, shorten, repeat or cut a file, `count` times -> how often `read` refuses it."""
-    whole, rng, refused = path.read_bytes(), random.Random(path.name), 0
-    for _ in range(count):
-        content = bytearray(whole)
-        for _ in range(rng.choice((1, 3, 10))):
-            i, n = rng.randrange(len(content)), rng.choice((1, 4, 20))
-            content[i:i + n] = rng.choice((rng.randbytes(n), b'', 2 * content[i:i + 9 * n]))
-        path.write_bytes(content[:rng.choice((None, None, None, i))])
-        try:
-            read()
-        except UserError as error:
-            assert '\n' not in str(error)
-            refused += 1
-    path.write_bytes(whole)
-    return refused
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -439,14 +420,14 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path):
     assert torch.load(tmp_path / 'a.pt')['captioner']['E.weight'].dtype == torch.float16
 
 
-def test_damaged_checkpoints_are_refused_in_one_line(tmp_path):
+def test_a_checkpoint_with_one_wrong_byte_is_refused(tmp_path):
     path = tmp_path / 'a.pt'
     save_checkpoint(path, tiny_captioner(D=128), Encoder('tiny', 32), Vocabulary('abcde'), {})
-    whole = torch.load(path)
-
-    def read():  # where it can be read, the damage was where nothing is
-        assert same(read_checkpoint(path), whole)
-    assert damage(path, 100, read) > 70
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in a weight, where torch.load sees nothing wrong
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='a.pt is no whole checkpoint'):
+        load_checkpoint(path)
 
 
 def test_a_checkpoint_that_is_held_open_is_written_later_or_stays(tmp_path, monkeypatch):
@@ -897,19 +878,6 @@ def test_what_is_wrong_is_said_in_one_line(mine, capsys, fault):
         assert 'left out 1 bad captions and images, such as: ' in capsys.readouterr().out
 
 
-@every_layout
-def test_damaged_caption_files_are_read_or_one_line(tmp_path, layout):
-    folder = tmp_path / 'flickr8k'
-    write_layout(folder, layout)
-    path = max(filter(Path.is_file, folder.iterdir()), key=os.path.getsize)
-
-    def read():
-        for skip_bad in True, False:
-            for texts in said(load(folder, skip_bad=skip_bad)).values():
-                assert texts and all(map(str.strip, texts))
-    assert 30 < damage(path, 60, read) < 60  # some were good
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A web server on this machine with two archives as macOS makes them; its address, folder."""
@@ -1008,25 +976,6 @@ def test_files_that_are_no_images_are_named(tmp_path):
         assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
-def test_what_pillow_opens_is_an_image_up_to_the_largest_of_phones():
-    assert all(map(data.is_image, ('x/A.WebP', 'b.JFIF', Path('c.jpeg'))))
-    assert not any(map(data.is_image, ('jpg', 'a.pdf', 'a.jpg.zip')))
-    with warnings.catch_warnings(action='error'):
-        Image.open(io.BytesIO(b'P6 16320 12240 255\n'))
-    with pytest.raises(Image.DecompressionBombError):
-        Image.open(io.BytesIO(b'P6 50000 50000 255\n'))
-
-
-@pytest.mark.parametrize('ending', ['jpg', 'png', 'webp', 'tif'])
-def test_damaged_images_are_pictures_or_one_line(tmp_path, ending):
-    path = tmp_path / f'a.{ending}'
-    Image.fromarray(data.make_shapes(1, 'fuzz')[0].image).save(path)
-
-    def read():
-        assert data.load_image(path, 32).shape == (3, 32, 32)
-    assert 30 < damage(path, 100, read) < 100  # some were damaged in a place that does not matter
-
-
 def mean(images):
     """An encoder (B, 3, H, W) -> (B, 1, 3) whose features are easy to compute."""
     return images.float().mean(dim=(2, 3)).unsqueeze(1)
@@ -1063,13 +1012,6 @@ def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(ph
     write(tmp_path, {'z.jpg': 'junk'})
     with pytest.raises(UserError, match='z.jpg cannot be read'):  # before any is encoded
         cache([*photos, data.Example(tmp_path / 'z.jpg', [])], 32, label='mean', encode=fail)
-
-
-def test_drawn_images_are_never_cached(tmp_path):
-    examples = data.make_shapes(40, 'x')
-    pixels = data.cache_images(examples, 64, tmp_path, 'pixels')
-    assert (pixels.numpy() == [x.image.transpose(2, 0, 1) for x in examples]).all()
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('worst', [float('inf'), float('nan'), 70_000.0])
@@ -1146,15 +1088,14 @@ def test_bleu_equals_nltks_corpus_bleu_and_coco_captions():
     rng = np.random.default_rng(0)
 
     def captions(count):
-        return [list(rng.choice(list('abcde'), rng.integers(4, 14))) for _ in range(count)]
-    for _ in range(5):
-        hypotheses = captions(40)
-        references = [captions(rng.integers(1, 6)) for _ in hypotheses]
-        weights = [[1 / n] * n for n in (1, 2, 3, 4)]
-        expected = nltk.translate.bleu_score.corpus_bleu(references, hypotheses, weights)
-        assert bleu(references, hypotheses) == pytest.approx([100 * x for x in expected], abs=1e-5)
-    references = [list(map(str.split, texts)) for texts in REFERENCES]
-    found = bleu(references, list(map(str.split, RESULTS)))
+        return [rng.integers(5, size=n).tolist() for n in rng.integers(4, 14, count)]
+    hypotheses = captions(99)
+    references = [captions(n) for n in rng.integers(1, 6, 99)]
+    weights = [[1 / n] * n for n in (1, 2, 3, 4)]
+    expected = nltk.translate.bleu_score.corpus_bleu(references, hypotheses, weights)
+    assert bleu(references, hypotheses) == pytest.approx([100 * x for x in expected], abs=1e-5)
+    references = [[text.split() for text in texts] for texts in REFERENCES]
+    found = bleu(references, [text.split() for text in RESULTS])
     assert found == pytest.approx(COCO_BLEU, abs=1e-6)
 
 
@@ -1163,10 +1104,9 @@ def test_bleu_of_captions_that_are_short_empty_or_missing():
     assert bleu(references, hypotheses, brevity_penalty=False) == pytest.approx([100] * 4)
     assert bleu(references, hypotheses) == pytest.approx([100 * math.exp(1 - 8 / 4)] * 4)
     for nothing in ['y'], []:
-        assert bleu([[['x']]], [nothing]) == pytest.approx([0] * 4, abs=1e-3)
-    for references, hypotheses in ([[['x']]], []), ([[]], [['x']]):
-        with pytest.raises(ValueError, match='one caption for each image'):
-            bleu(references, hypotheses)
+        assert bleu(references, [nothing]) == pytest.approx([0] * 4, abs=1e-3)
+    with pytest.raises(ValueError, match='one caption for each image'):
+        bleu(references, [])
 
 
 @needs_shared
@@ -1265,19 +1205,16 @@ def test_punctuation_counts_where_it_is_asked_for(score):
 
 
 @pytest.mark.parametrize('results, message', [
-    ({'1': ['a', 'b'], '2': 'c'}, '1 .*than one caption|1 .*several captions'),
+    ({'1': ['a', 'b'], '2': 'c'}, '1 .*(than one caption|several captions)'),
     ({'a/1': 'a', '1': 'b', '2': 'c'}, 'a/1'),
     ({'2': 'kids'}, '1 images have no caption.*1.*--allow-missing'),
-    ([{'id': 1, 'caption': 'a'}], "results.json .*'image_id'.*-h says"),
-    ([{'image_id': 1, 'caption': None}], 'results.json .*-h says'),
-    ([], 'caption'), (7, 'results.json .*-h says')])
+    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'caption')])
 def test_results_that_do_not_fit_are_refused_in_a_line(score, results, message):
     references = {'1': ['a dog'], '2': ['kids']}
     status, out, err = score(results, references)
-    assert status == 2 and not out and re.fullmatch(f'error: .*({message}).*\n', err), err
-    status, out, _ = score(results, references, '--allow-missing')
-    assert (status == 0) == ('--allow-missing' in message)
-    assert status or out.startswith('1 of 2 images') and '100.00' in out
+    assert status == 2 and not out and re.fullmatch(f'error: .*{message}.*\n', err), err
+    _, out, _ = score(results, references, '--allow-missing')
+    assert out.startswith('1 of 2 images') == ('--allow-missing' in message)
 
 
 # ------------------------------------------------------ train: the commands, as a user calls them
@@ -1337,12 +1274,11 @@ def test_train_prints_and_keeps_what_a_user_wants_to_see(here, trained, command)
         assert text in out, text
     *head, titles, one, two, three = log.splitlines()
     assert len(head) == 3 and all(f'{line}\n' in out for line in head)
-    for row in one, two, three:
-        epoch, *values = row.split(',')
-        printed = re.search(rf'^epoch {epoch}\b(.*)', out, re.M)[1]
-        for title, value in zip(titles.split(',')[1:], values, strict=True):
-            number = float(re.search(rf' {title} (-?[\d.]+)', printed)[1])
-            assert number == pytest.approx(float(value), rel=1e-5, abs=6e-4)
+    for epoch, row in enumerate((one, two, three), 1):
+        printed = re.search(rf'^epoch {epoch}\b.*', out, re.M)[0]
+        numbers = [epoch, *map(float, re.findall(r' (\d+\.\d{3})', printed))]
+        assert numbers == pytest.approx(list(map(float, row.split(','))), rel=1e-5, abs=6e-4)
+        assert all(title in printed for title in titles.split(','))
     # The vocabulary is that of the training captions: "d" and "e" name the held-out images only.
     words = load_checkpoint(BEST)[2].words
     assert set(words) == set('a b c dog number 0 1 2 3 4'.split())
@@ -1441,13 +1377,12 @@ def test_shapes_are_what_is_learned_where_nothing_else_is_said(here, monkeypatch
 def test_an_encoder_is_frozen_or_trained_and_its_features_are_not_the_others_pixels(here, command):
     export(nn.Conv2d(3, 8, 8, 8), 'cnn.pt2')
     before = Encoder('cnn.pt2', 32).state_dict()
+    flags = ['--attn', 'none', '--epochs', '1', '--encoder', 'cnn.pt2']
     for flag, name in ('--no-finetune', 'flickr8k-none'), ('--finetune', 'flickr8k-none-2'):
-        arguments = [*TRAIN, '--attn', 'none', '--epochs', '1', '--encoder', 'cnn.pt2', flag]
-        status, _, err = command(*arguments)
+        status, _, err = command(*TRAIN, *flags, flag)
         assert status == 0, err
-        weights = torch.load(f'runs/{name}/last.pt')['encoder']['weights']
-        assert (weights is None) == (flag == '--no-finetune')
-    assert not torch.equal(weights['cnn.weight'], before['cnn.weight'])
+        after = load_checkpoint(f'runs/{name}/last.pt')[1].state_dict()
+        assert same(after, before) == (flag == '--no-finetune')
 
 
 def test_weights_that_are_no_numbers_stop_the_run_and_what_was_good_is_kept(
@@ -1461,7 +1396,6 @@ def test_weights_that_are_no_numbers_stop_the_run_and_what_was_good_is_kept(
     status, _, err = command(*TRAIN, '--name', 'nan')
     assert status == 2 and re.fullmatch('error: .*not numbers.*--resume "?runs/nan.*\n', err), err
     assert torch.load('runs/nan/last.pt')['training']['epoch'] == 1
-    assert all(weight.isfinite().all() for weight in load_checkpoint('runs/nan/last.pt')[0].parameters())
 
 
 def test_flags_win_over_the_checkpoints_settings_and_eval_scores_as_bleu_meteor_does(here, command):
@@ -1474,38 +1408,33 @@ def test_flags_win_over_the_checkpoints_settings_and_eval_scores_as_bleu_meteor_
     assert status == 0 and 'epoch 4/4' in out and 'epoch 3/4' not in out, err
     Path(BEST).unlink()  # the last one will do
     arguments = [*EVAL, *flags, '--split', 'val', '--beam', '2']
-    status, out, err = command(*arguments)
-    assert status == 0 and 'beam 2' in out, err
-    row = out.split('attention)')[1].split()
-    files = [f'{RUN}/val-{name}.json' for name in ('results', 'references')]
-    scores = command('bleu_meteor.py', *files)[1].split('BLEU-1 .. 4')[1].split()
-    assert scores[:4] == row[:4] and float(row[0]) > 0
-    os.remove(files[0])
-    os.mkdir(files[0])  # nothing can be written there
-    status, out, err = command(*arguments)
-    assert status == 2 and ' '.join(scores[:4]) in ' '.join(out.split()) and files[0] in err
+    out = command(*arguments)[1]
+    row = out.split('attention)')[1].split()[:4]
+    results, references = f'{RUN}/val-results.json', f'{RUN}/val-references.json'
+    scores = command('bleu_meteor.py', results, references)[1].split('BLEU-1 .. 4')[1].split()
+    assert scores[:4] == row and float(row[0]) > 0 and 'beam 2' in out
+    os.remove(results)
+    os.mkdir(results)  # nothing can be written there, and the scores are said
+    status, again, err = command(*arguments)
+    assert (status, again) == (2, out[:len(again)]) and row[0] in again and results in err
 
 
 def test_own_pictures_and_captions_and_a_model_to_go_on_from(here, command):
     names, mine = ['ein gro\u00dfer Hund.jpg', 'b.jpg', 'c.PNG'], here / 'data' / 'mine'
     make_pictures(mine, names)  # one each for training, validation and test
-    lines = [f'{name}\tdog\n{name}\t\u4e00\u53ea\u72d7 .\n{name}\t{"word " * 60}' for name in names]
-    write(mine, {'captions.txt': '\n'.join(lines)})
+    lines = [f'{name}\tdog\n{name}\t\u72d7 .\n{name}\t{"word " * 60}\n' for name in names]
+    write(mine, {'captions.txt': ''.join(lines)})
     status, out, err = command('train.py', '--data', 'mine', *TINY)
     assert status == 0 and '1 training images, 3 captions' in out and 'mine test: 1 images' in out
     assert re.search('\n1 of these captions are longer than --max-len', out)
-    first, _, words, _ = load_checkpoint('runs/mine-soft/last.pt')
-    assert set(words.words) == {'dog', 'word', '\u4e00\u53ea\u72d7'}
     # The model goes on with captions of words that it mostly does not know.
     write(mine, {'captions.txt': ''.join(f'{name},Dog\n{name},A cat\n' for name in names)})
-    for lr in '1e-9', '1':
-        status, out, err = command('train.py', '--data', mine, '--epochs', '1', '--lr', lr,
-                                   '--init-from', 'runs\\mine-soft\\last.pt', '--name', lr)
-        assert status == 0 and '1 training images, 2 captions' in out and '(33.3 %' in out, err
-        again, _, words_again, _ = load_checkpoint(f'runs/{lr}/last.pt')
-        assert words_again.words == words.words and again.config == first.config
-        change = (again.W_z.weight - first.W_z.weight).abs().max()
-        assert (change < 1e-6) == (lr == '1e-9')  # it began with the same weights
+    status, out, err = command('train.py', '--data', mine, '--epochs', '1', '--lr', '1e-9',
+                               '--init-from', 'runs\\mine-soft\\last.pt', '--name', 'more')
+    assert status == 0 and '1 training images, 2 captions' in out and '(33.3 %' in out, err
+    first, more = (load_checkpoint(f'runs/{name}/last.pt') for name in ('mine-soft', 'more'))
+    assert set(more[2].words) == {'dog', 'word', '\u72d7'} and more[2].words == first[2].words
+    close(more[0].state_dict(), first[0].state_dict(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.skipif(resource is None, reason='Windows has no limits of a file')
@@ -1523,7 +1452,7 @@ def test_numbers_that_no_setting_can_have_are_refused_in_two_lines(command):
     for name in settings:
         for value in '-1', 'nan', '1e99':
             status, out, err = command('train.py', f'--{name.replace("_", "-")}={value}')
-            assert (status, out) == (2, '') and f'{value}' in err and len(err.splitlines()) == 2
+            assert (status, out) == (2, '') and value in err and len(err.splitlines()) == 2
     assert len(settings) > 15
 
 
@@ -1532,31 +1461,28 @@ class Code:
         return os.mkdir, ('it ran',)
 
 
-# What is wrong: a file and its new content, or None; the command; what its one line says.
-FAULTS = {
-    'no data folder': (None, None, ['train.py', '--data', 'flickr30k', '--data-dir', 'nowhere'],
-                       'nowhere/flickr30k has no images: put'),
-    'no checkpoint': (None, None, ['train.py', '--resume', 'runs/none'], 'no whole checkpoint'),
-    'another version': (BEST, {'format': 'show-attend-tell 0'}, EVAL, 'show-attend-tell 0'),
-    'code': (BEST, {'format': Code()}, EVAL, 'best.pt is no whole .*Weights only'),
-    'no words': (None, None, [*TRAIN, '--min-count', '99'], 'no word .*99 times.*--min-count'),
-    'no sampling': (None, None, [*TRAIN, '--attn', 'hard', '--warm-up', '3'], '--warm-up must be'),
-    'no GPU': (None, None, [*TRAIN, '--device', 'cuda:99'], '--device cuda:99 cannot be used'),
-    'no cache folder': ('c', {}, [*TRAIN, '--cache-dir', 'c'], 'c.*(exists|directory)'),
-    'no compiler': (None, None, [*TRAIN, '--compile'], '--compile finds no working compiler'),
-    'another batch': (None, None, [*RESUME, '--batch-size', '9'], '--batch-size is 4 in runs'),
-    'another model': (None, None, [*TRAIN, '--init-from', LAST, '--cell', 'rnn'], '--cell is lstm')}
+FAULTS = {  # flags: what the one line says
+    '--data flickr30k --data-dir nowhere': 'nowhere/flickr30k has no images: put',
+    '--resume runs/none': 'no whole checkpoint',
+    '--eval code.pt': 'code.pt is no whole checkpoint .*Weights only',
+    '--eval old.pt': 'old.pt is no whole checkpoint .*show-attend-tell 0',
+    '--min-count 99': 'no word .*99 times.*--min-count',
+    '--attn hard --warm-up 3': '--warm-up must be below',
+    '--device cuda:99': '--device cuda:99 cannot be used',
+    '--cache-dir code.pt': 'code.pt.*(exists|directory)',
+    '--compile': '--compile finds no working compiler',
+    '--batch-size 9 --resume "runs/the whole"': '--batch-size is 4 in runs',
+    '--cell rnn --init-from "runs/the whole/last.pt"': '--cell is lstm in runs'}
 
 
-@pytest.mark.parametrize('fault', FAULTS)
-def test_what_a_user_can_put_right_is_said_in_one_line(here, command, monkeypatch, fault):
-    name, content, arguments, message = FAULTS[fault]
+@pytest.mark.parametrize('flags', FAULTS)
+def test_what_a_user_can_put_right_is_said_in_one_line(here, command, monkeypatch, flags):
     monkeypatch.setattr(torch, 'compile', lambda step: 1 / 0)
-    if name:
-        torch.save(content, name)
+    torch.save({'format': Code()}, 'code.pt')
+    torch.save({'format': 'show-attend-tell 0'}, 'old.pt')
     before = {path: path.read_bytes() for path in here.rglob('*') if path.is_file()}
-    status, _, err = command(*arguments)
-    assert status == 2 and re.fullmatch(f'error: .*{message}.*\n', err), err
+    status, _, err = command(*TRAIN, *shlex.split(flags))
+    assert status == 2 and re.fullmatch(f'error: .*{FAULTS[flags]}.*\n', err), err
     assert before == {path: path.read_bytes() for path in before} and not Path('it ran').exists()
 
 
@@ -1571,9 +1497,7 @@ def test_the_models_that_come_along_caption_photographs_at_once(tmp_path, comman
     assert sum(path.stat().st_size for path in (HERE / 'pretrained').iterdir()) < 65e6
 
 
-MODELS = {'soft': dict(attn='soft'), 'dot': dict(attn='soft', score='dot', cell='rnn'),
-          'argmax': dict(attn='hard'), 'expected': dict(attn='hard', hard_decode='expected'),
-          'none': dict(attn='none')}
+MODELS = 'soft', 'hard', 'none'
 
 
 @pytest.fixture
@@ -1581,8 +1505,8 @@ def sampled(tmp_path, monkeypatch, command):
     """Function: arguments of sample.py, in a folder with models and pictures -> as `command`."""
     monkeypatch.chdir(tmp_path)
     encoder, words = Encoder('tiny', 32), Vocabulary('a b c caf\u00e9 \u72d7'.split())
-    for name, config in MODELS.items():
-        captioner = tiny_captioner(len(words), encoder.feature_dim, **config)
+    for name in MODELS:
+        captioner = tiny_captioner(len(words), encoder.feature_dim, attn=name)
         captioner.L_o.bias.data[UNK] += 1  # likely, and never said
         captioner.L_o.bias.data[END] -= 1.5
         Path('runs', name).mkdir(parents=True)
@@ -1618,7 +1542,7 @@ def test_sample_takes_folders_and_says_what_it_leaves_out(sampled, command):
     (['album/d.heic', 'none.png', 'runs/soft/best.pt'],
      r'd.heic .*HEIC.*\nerror: none.png .*No such file.*\nerror: .*best.pt cannot be read'),
     (['album/b.png', '--out', 'album/notes.txt'], r'cannot write album/notes.txt/b.*--out'),
-    (['album/b.png', '--beam', '0'], '--beam: 0 is not 1 or more')])
+    (['album/b.png', '--beam', '0'], '--top and --beam must be at least 1')])
 def test_sample_says_what_is_wrong(sampled, arguments, message):
     Path('empty').mkdir()
     status, _, err = sampled(*arguments)
@@ -1632,20 +1556,18 @@ def test_explain_tells_the_numbers_of_the_beam_search(sampled, model):
     pixels = torch.from_numpy(data.load_image('album/b.png', 32))
     best = captioner.beam_search(encoder(pixels[None]), 2, 7, 0.7)[0][0]
     caption, shapes, head, *rows = out.splitlines()
-    assert f'picture (3, 32, 32), a (16, 128), ' in shapes and f'({len(rows)}, 9)' in shapes
+    assert 'picture (3, 32, 32), a (16, 128), ' in shapes and f'({len(rows)}, 9)' in shapes
     assert [row.split()[0] for row in rows] == [*caption.split()[1:], '<end>'][:len(rows)]
-    total, slack = 0, 0
+    log_prob, weights = 0, []
     for t, row in enumerate(rows):
         p, *numbers = map(float, re.findall(r'\d\.\d\d', row))
-        total += math.log(p)
-        slack += 0.005 / (p - 0.005)
-        weights = []
+        log_prob += math.log(p)
         if model != 'none':
             weights = [best.betas[t], *np.sort(best.alphas[t])[:-4:-1]]
             row, column = map(int, re.search(r' (\d),(\d)', row).groups())
             assert best.alphas[t].argmax() == 4 * row + column
         assert numbers[:-3] == pytest.approx(weights, abs=0.0051) and numbers[-3] >= p
-    assert abs(total - best.log_prob) < slack < 1 and max(map(len, out.splitlines())) <= 100
+    assert log_prob == pytest.approx(best.log_prob, abs=0.2)
     assert not re.search('<unk>|<pad>|<start>', out) and ('beta' in head) == (model != 'none')
 
 
@@ -1653,9 +1575,8 @@ def test_explain_tells_the_numbers_of_the_beam_search(sampled, model):
     ('dog\u2019s', "dog's"), ('caf\u00e9', 'cafe'), ('cafe\u0301', 'cafe'), ('\ufb01sh', 'fish'),
     ('\u72d7', '.+'), ('\u044f', '.+'), ('\U0001f415', '.+')])
 def test_what_pillows_font_lacks_is_drawn_as_plain_letters(word, drawn):
-    box = bytes(LARGE.getmask('\U0010ffff'))  # what a font shows of a letter that it lacks
     letters = drawable(word)
-    assert re.fullmatch(drawn, letters) and box not in [bytes(LARGE.getmask(x)) for x in letters]
+    assert re.fullmatch(drawn, letters) and letters.isascii()
     sheets = [draw_attention(Image.new('RGB', (9, 9)), [text]) for text in (word, letters, '')]
     assert sheets[0] == sheets[1] != sheets[2]
 
@@ -1665,9 +1586,9 @@ def test_a_drawing_has_a_panel_for_each_word_lit_where_it_looked():
     for T in 0, 5, 6, 11, 12:  # and one for the image itself: 1, 1, 2, 2, 3 rows of six
         sheet = draw_attention(image, ['dog'] * T, alphas, np.ones(13), (2, 2))
         heights.append(sheet.height)
-        assert 6 * PANEL < sheet.width < 7 * PANEL
-    assert heights[:2] + heights[2:4] == [heights[0]] * 2 + [heights[2]] * 2
-    assert heights[4] - heights[2] == heights[2] - heights[0] > PANEL / 2
+    assert 6 * PANEL < sheet.width < 7 * PANEL
+    steps = np.diff(heights).tolist()
+    assert steps == [0, steps[1], 0, steps[1]] and steps[1] > PANEL / 2
     lit = np.asarray(sheet)[66, 236 + np.array([PANEL // 4, 3 * PANEL // 4]), 0]
     assert lit[0] > 200 and lit[1] < 100  # the first word's panel, left and right
     weights = attention_map(np.eye(24)[8], (4, 6), (224, 224))  # it looks at the cell 1,2

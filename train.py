@@ -434,7 +434,8 @@ def prepare(cfg, device, wanted, checkpoint):
     splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
     for split in wanted[:2]:  # train and val, or the split to score
         if split not in splits:
-            raise UserError(f'{cfg.data} has no images with captions for {split}: add some')
+            raise UserError(f'{cfg.data} has no images with captions for {split}: add some; '
+                            'three images are the least')
     if checkpoint:
         *model, _ = load_checkpoint(checkpoint, device)
     else:
@@ -480,7 +481,7 @@ def train_and_test(cfg, device, head, path, checkpoint):
     except KeyboardInterrupt:
         if RANK:
             raise
-        hint = f'go on with: python "{sys.argv[0]}" --resume "{folder}"'
+        hint = f'; go on with: python "{sys.argv[0]}" --resume "{folder}"'
         raise KeyboardInterrupt(hint) from None
     if RANK == 0:
         *model, _ = load_checkpoint(folder / 'best.pt', device)
