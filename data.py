@@ -542,9 +542,9 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     split_of = split_of or dict.fromkeys(captions, 'train')
     if len(split_of) < len(captions):
         print(f'{len(captions) - len(split_of)} images are in no split and left out')
-    if not on_disk.keys() & split_of:
+    if captions and not on_disk.keys() & captions:
         raise UserError(f'{folder} has none of the images that have captions, such as '
-                        f'{next(iter(captions), "any")}')
+                        f'{min(captions)}')
     draw_missing(split_of)
     for split in splits:
         images = [image for image in split_of if split_of[image] == split]
