@@ -380,6 +380,9 @@ class Captioner(nn.Module):
             if not log_prob.isfinite().any():
                 break
 
+        if not all(found):
+            raise UserError('the model computes no numbers: train it again with a lower --lr')
+
         def rank(hypothesis):  # those that reached <end> come first, for False sorts before True
             tokens, log_p = hypothesis.tokens, hypothesis.log_prob
             return tokens[-1] != END, -log_p / len(tokens) ** length_penalty

@@ -477,12 +477,12 @@ def test_no_tensor_is_left_on_the_cpu(monkeypatch, attn, score, cell, trainable,
             torch.optim.Adam(weights).step()
             if cell == 'lstm':  # an RNN has no use for f_init_c
                 assert all(weight.grad is not None for weight in weights)
-        # Captioning asks, and each answer is 1: with each word a caption ends, image 1's beam 1.
-        with patch.multiple(torch.Tensor, nonzero=lambda x: np.ones((1, 2), int), item=lambda x: 1,
+        # Captioning asks for values: with each word the first image's first beam ends.
+        with patch.multiple(torch.Tensor, nonzero=lambda x: np.zeros((1, 2), int), item=lambda x: 1,
                             __bool__=lambda x: True, numpy=lambda x: x.device.type):
-            found = captioner.eval().beam_search(a.float(), 3, max_len=3)
-    assert [h.tokens for h in found[1]] == [[1], [1, 1], [1, 1, 1]]
-    assert {h.alphas for h in found[1]} == {None if attn == 'none' else 'cpu'}
+            found, = captioner.eval().beam_search(a.float()[:1], 3, max_len=3)
+    assert [h.tokens for h in found] == [[1], [1, 1], [1, 1, 1]]
+    assert {h.alphas for h in found} == {None if attn == 'none' else 'cpu'}
 
 
 @on_every_device
@@ -1434,6 +1434,13 @@ def test_own_pictures_and_captions_and_a_model_to_go_on_from(here, command):
     first, more = (load_checkpoint(f'runs/{name}/last.pt') for name in ('mine-soft', 'more'))
     assert set(more[2].words) == {'dog', 'word', '\u72d7'} and more[2].words == first[2].words
     close(more[0].state_dict(), first[0].state_dict(), atol=1e-6, rtol=0)
+
+
+def test_a_model_without_numbers_is_said_to_be_that():
+    captioner = tiny_captioner()
+    captioner.L_o.bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match='computes no numbers'):
+        captioner.beam_search(torch.randn(2, 3, 5))
 
 
 @pytest.mark.skipif(resource is None, reason='Windows has no limits of a file')

@@ -133,6 +133,8 @@ def parse_settings():
     parser.add_argument('--split', choices=('train', 'val', 'test', 'unseen'),
                         help='split that --eval scores [test]')
     given = vars(parser.parse_args())  # the flags that were given, and no defaults
+    if '' in (given.get('resume'), given.get('eval')):
+        parser.error('--resume and --eval need the name of a run')
     resume, evaluate = given.pop('resume', ''), given.pop('eval', '')
     if 'split' in given and not evaluate:
         parser.error('--split goes with --eval alone')
@@ -365,6 +367,8 @@ def train(cfg, device, model, folder, run, splits, images):
         rng = np.random.default_rng((cfg.seed, epoch))
         batches = length_batches(lengths, cfg.batch_size, rng)
         batches = [batch for batch in batches if len(batch) >= WORLD]
+        if not batches:
+            raise UserError(f'--batch-size is too small for {WORLD} processes')
         expected = 1.0 if epoch < cfg.warm_up else cfg.expected
         captioner.train()
         encoder.train()
@@ -479,7 +483,7 @@ def train_and_test(cfg, device, head, path, checkpoint):
     try:
         train(cfg, device, model, folder, run, splits, images)
     except KeyboardInterrupt:
-        if RANK:
+        if RANK or not (folder / 'last.pt').exists():
             raise
         hint = f'; go on with: python "{sys.argv[0]}" --resume "{folder}"'
         raise KeyboardInterrupt(hint) from None
