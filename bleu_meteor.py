@@ -76,11 +76,9 @@ def bleu(references, hypotheses, brevity_penalty=True):
     the length of all hypotheses, r that of the references closest to each (of two the shorter). As
     in coco-caption, tiny constants keep p above 0. ValueError where an image lacks its captions.
     """
-    if len(references) != len(hypotheses) or not all(references):
-        raise ValueError('give one caption for each image, and at least one reference')
     matches, totals = [0] * 4, [0] * 4  # of n-grams, n = 1 .. 4
     c = r = 0
-    for refs, hypothesis in zip(references, hypotheses):
+    for refs, hypothesis in zip(references, hypotheses, strict=True):
         c += len(hypothesis)
         lengths = [len(ref) for ref in refs]
         r += min(lengths, key=lambda length: (abs(length - len(hypothesis)), length))
@@ -99,27 +97,23 @@ def bleu(references, hypotheses, brevity_penalty=True):
     return [100 * BP * math.prod(p[:N]) ** (1 / N) for N in (1, 2, 3, 4)]
 
 
-def wordnet_problem():
-    """Why NLTK cannot read WordNet, or ''."""
-    try:
-        nltk.corpus.wordnet.synsets('dog')  # NLTK opens its files only now
-        return ''
-    except Exception as error:  # NLTK has no one error for that
-        text = str(error.__context__ or error)  # its loader fails again after the telling error
-        return text.strip('\n *').split('\n')[0]  # which NLTK puts between lines of stars
-
-
 @functools.cache
 def get_wordnet():
-    """Fetch WordNet where it is missing -> whether NLTK can read it."""
-    if wordnet_problem():
-        print('METEOR needs WordNet: fetching it (10 MB)')
-        with suppress(Exception):  # whatever keeps a network or a disk from it
-            nltk.download('wordnet', quiet=True)
-    if problem := wordnet_problem():
-        print(f'METEOR is left out, NLTK cannot read WordNet ({problem}): get it with "python -m '
-              'nltk.downloader wordnet", or set NLTK_DATA to the folder, no link, with corpora/')
-    return not problem
+    """Whether NLTK can read WordNet; where it is missing it is fetched."""
+    for is_fetched in False, True:
+        try:
+            nltk.corpus.wordnet.synsets('dog')  # NLTK opens its files only now
+            return True
+        except Exception as error:  # NLTK has no one error for that
+            reason = str(error.__context__ or error)  # its loader hides the first one, which tells
+        if not is_fetched:
+            print('METEOR needs WordNet: fetching it (10 MB)')
+            with suppress(Exception):  # whatever keeps a network or a disk from it
+                nltk.download('wordnet', quiet=True)
+    reason = reason.strip('\n *').split('\n')[0]  # NLTK puts it between lines of stars
+    print(f'METEOR is left out, NLTK cannot read WordNet ({reason}): get it with "python -m '
+          'nltk.downloader wordnet", or set NLTK_DATA to the folder, no link, with corpora/')
+    return False
 
 
 def meteor(references, hypotheses):
@@ -178,27 +172,23 @@ def main():
     parser.add_argument('results')
     parser.add_argument('references')
     parser.add_argument('--punctuation', action='store_true', help='count punctuation as words')
-    parser.add_argument('--allow-missing', action='store_true', help='score what has a caption')
     args = parser.parse_args()
     results, references = read_captions(args.results), read_captions(args.references)
-    missing = references.keys() - results.keys()
-    if not results:
-        raise UserError(f'{args.results} has no captions')
-    if missing and not args.allow_missing:
-        raise UserError(f'{len(missing)} images have no caption in {args.results}, such as '
-                        f'{min(missing)} (--allow-missing scores the others)')
+    unpaired = references.keys() ^ results.keys()
+    if unpaired:
+        raise UserError(f'{len(unpaired)} images, such as {min(unpaired)}, are in only one of '
+                        f'{args.results} ({len(results)}) and {args.references} '
+                        f'({len(references)}): score the same images')
     hypotheses, targets = [], []
     for image, captions in results.items():
-        if image not in references:
-            raise UserError(f'image {image} of {args.results} is not in {args.references}')
         if len(captions) > 1:
-            raise UserError(f'image {image} has more than one caption in the results')
+            raise UserError(f'image {image} has more than one caption in {args.results}: keep one')
         caption = captions[0]
         if args.punctuation:
             caption = caption.rstrip(' .') + ' .'
         hypotheses.append(tokenize(caption, args.punctuation))
         targets.append([tokenize(text, args.punctuation) for text in references[image]])
-    print(f'{len(results)} of {len(references)} images; with punctuation: {args.punctuation}')
+    print(f'{len(results)} images; with punctuation: {args.punctuation}')
     for label, penalty in (('BLEU-1 .. 4', False), ('with brevity penalty', True)):
         print(f'{label:24}' + ' '.join(f'{x:6.2f}' for x in bleu(targets, hypotheses, penalty)))
     if get_wordnet():

@@ -14,13 +14,14 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
+import time
 import unicodedata
 import warnings
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,36 @@ def as_path(text):
     return Path(str(text).replace('\\', '/'))
 
 
+@contextmanager
+def whole_file(path, remedy):
+    """A file to write bytes to; it gets the name `path` when it is whole.
+
+    Where the disk or the folder refuses, nothing stays behind, and a UserError gives the remedy.
+    """
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, 'wb') as file:
+            yield file
+        for seconds in 0.1, 0.5, 2:
+            with suppress(PermissionError):  # on Windows while another program holds the file
+                return os.replace(part, path)
+            time.sleep(seconds)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f'cannot write {path} ({error.strerror}): {remedy}') from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
 # ------------------------------------------------------------------------------ words and batches
 # A drawn object: cell is 0 to 8 in the 3 x 3 grid; box is (left, top, right, bottom) of the circle
 # around it, in 0..1 of the image.
 Object = namedtuple('Object', 'shape colour size cell box')
 # An image: a path, or the pixels (rows, columns, 3) of a drawn one; its captions; the objects in a
 # drawn one; and its name in a results file.
-Example = namedtuple('Example', 'image captions objects name', defaults=((), ''))
+Example = namedtuple('Example', 'image captions objects name')
 
 
 class Vocabulary:
@@ -121,12 +145,10 @@ def open_image(source):
         with Image.open(source) as image:
             image.load()
             with suppress(Exception):  # the camera's notes, which say what is up, may be broken
-                image.getexif()  # Pillow keeps what it has read
-                image.info.pop('exif', None)  # so that it does not write broken notes anew
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in 'IF':  # I, I;16, F
                 raise ValueError('16 or 32 bits of grey, whose range is not known')
-            if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+            if image.has_transparency_data:
                 image = image.convert('RGBA')
                 image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
             return image.convert('RGB')
@@ -138,17 +160,10 @@ def load_image(source, size):
     return np.array(image).transpose(2, 0, 1)
 
 
-def progress(text):
-    """Show a line that the next one replaces; on a terminal alone, not in a log file."""
-    if sys.stdout.isatty():
-        print(f'{text:79}', end='\r', flush=True)
-
-
 def image_batches(sources, size, encode=None):
     """Yield uint8 tensors (B, 3, size, size), in order, or what encode makes of them as float16."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor() as pool:
         for i in range(0, len(sources), 32):
-            progress(f'{i} of {len(sources)} images')
             pixels = pool.map(lambda source: load_image(source, size), sources[i:i + 32])
             batch = torch.from_numpy(np.stack(list(pixels)))
             if encode:
@@ -179,18 +194,14 @@ def cache_images(examples, size, cache_dir, label, encode=None):
         print(f'computing {cache} for {len(sources)} images')
         for _ in image_batches(sources, size):  # a broken image is found before hours of computing
             pass
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-            part = Path(folder, 'part')
-            with open(part, 'wb') as file:  # plain writes: mapped, a full disk would be a crash
-                for batch in image_batches(sources, size, encode):
-                    if not file.tell():  # an .npy file begins with a header; np.save needs all rows
-                        header = np.lib.format.header_data_from_array_1_0(batch.numpy())
-                        header['shape'] = len(sources), *batch.shape[1:]
-                        np.lib.format.write_array_header_1_0(file, header)
-                    file.write(batch.numpy())
-            with suppress(PermissionError):  # on Windows: another run has it open already
-                os.replace(part, cache)
+        with whole_file(cache, 'name another folder with --cache-dir') as file:
+            for batch in image_batches(sources, size, encode):
+                rows = batch.numpy()
+                if file.tell() == 0:  # an .npy file begins with the shape of the whole array
+                    header = np.lib.format.header_data_from_array_1_0(rows)
+                    header['shape'] = len(sources), *rows.shape[1:]
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(rows)  # np.save would need all of them in memory
     with in_one_line(f'{cache} cannot be read', 'delete it, and it is computed anew'):
         return torch.from_numpy(np.load(cache, mmap_mode='c'))  # torch warns of mode 'r'
 
@@ -281,8 +292,8 @@ def pointing(words, alphas, objects, grid):
         hits.append(False)
         for o in objects:
             left, top, right, bottom = o.box
-            named = t and o.shape == word and o.colour == words[t - 1]
-            if named and left <= x <= right and top <= y <= bottom:
+            inside = left <= x <= right and top <= y <= bottom
+            if inside and words[t - 1:t + 1] == [o.colour, o.shape]:
                 hits[-1] = True
     return hits
 
@@ -293,35 +304,33 @@ COCO = 'http://images.cocodataset.org/zips/'
 # Karpathy's splits of Flickr8k, Flickr30k and COCO, with their captions: what papers compare on.
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
             '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
-# What an empty folder of that name is filled with: what it is, address, kind of checksum, checksum.
+# What an empty folder of that name is filled with: address, kind of checksum, checksum.
 # Captions come first: if they cannot be had, nobody waits for gigabytes of images.
 DOWNLOADS = {
     'flickr8k': [
-        ('captions', GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627'),
-        ('images', GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
+        (GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627'),
+        (GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
     'coco': [
-        ('captions', *KARPATHY),
-        ('images', COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
-        ('images', COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
-UNFINISHED = '.unfinished-download'  # this file marks a folder until its download is complete
+        KARPATHY,
+        (COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
+        (COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
 SPLITS = {'train': 'train', 'restval': 'train', 'val': 'val', 'dev': 'val', 'valid': 'val',
           'validation': 'val', 'test': 'test'}
 SPLIT_LIST = r'(.*[^a-z])?SPLIT(images)?\.txt'  # such as train.txt, Flickr_8k.trainImages.txt
 # Patterns of the names of caption files: the first that fits any file is used.
-CAPTION_FILES = (r'dataset_NAME\.json', r'dataset_.*\.json', r'captions_.*\.json',
-                 r'flickr8k\.token\.txt', r'results_20130124\.token', r'results\.csv',
-                 r'captions\.txt', r'captions\.csv', r'captions\.tsv')
+CAPTION_FILES = ('dataset_NAME.json', 'dataset_*.json', 'captions_*.json', 'flickr8k.token.txt',
+                 'results_20130124.token', 'results.csv', 'captions.txt', 'captions.csv',
+                 'captions.tsv')
 # Hidden files, what systems leave in folders, and sample.py's pictures.
 LEFT_BEHIND = re.compile(r'[.@$~].*|thumbs\.db|desktop\.ini|lost\+found|.*\.attention\..*', re.I)
 
 
 def download(name, folder):
-    """Fill an empty folder of a known name, but for what an earlier call fetched. UserError."""
+    """Fill a folder of a known name with what an earlier call has not fetched, or a UserError."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED).touch()
-    for _, address, kind, checksum in DOWNLOADS[name]:
+    for address, kind, checksum in DOWNLOADS[name]:
         archive = folder / address.rsplit('/', 1)[1]
-        unpacked = archive.with_suffix('')
+        unpacked = Path(f'{archive}-unpacked')
         if unpacked.exists() and not archive.exists():  # complete: the archive is deleted last
             continue
         with in_one_line(f'cannot get {address}', 'try again later, or get the file in another way '
@@ -329,16 +338,13 @@ def download(name, folder):
             if not archive.exists():
                 print(f'downloading {address}')
                 torch.hub.download_url_to_file(address, str(archive))
-            digest = hashlib.new(kind)
             with open(archive, 'rb') as file:
-                while part := file.read(2 ** 20):
-                    digest.update(part)
-            if digest.hexdigest() != checksum:
+                digest = hashlib.file_digest(file, kind).hexdigest()
+            if digest != checksum:
                 archive.unlink()
                 raise ValueError(f'it had the wrong {kind} sum')
             shutil.unpack_archive(archive, unpacked, 'zip')  # no file can escape from there
             archive.unlink()
-    (folder / UNFINISHED).unlink()
 
 
 def list_files(folder):
@@ -346,14 +352,13 @@ def list_files(folder):
     def refuse(error):  # a folder that may not be read is not an empty one
         raise error
 
-    files, seen = [], set()
+    files = []
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link leads back to where we were
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not LEFT_BEHIND.fullmatch(name)]
-        files += [Path(place, name) for name in names if not LEFT_BEHIND.fullmatch(name)]
+        for name in names:
+            path = Path(place, name)
+            if path.is_file() and not LEFT_BEHIND.fullmatch(name):  # a pipe is no file
+                files.append(path)
     return sorted(files)
 
 
@@ -374,14 +379,9 @@ def result_name(path):
 
 def read_text(path):
     """The text of a file in UTF-8, or a UserError."""
-    try:
-        text = path.read_text('utf-8-sig')
-    except UnicodeDecodeError:
-        text = '\0'
-    if '\0' in text:
-        raise UserError(f'{path} is not in UTF-8: save it so (in Excel as "CSV UTF-8", '
-                        'in PowerShell with "-Encoding utf8")')
-    return text
+    with in_one_line(f'{path} is not in UTF-8', 'save it so (in Excel as "CSV UTF-8", '
+                     'in PowerShell with "-Encoding utf8")'):
+        return path.read_text('utf-8-sig')
 
 
 def read_json(path):
@@ -401,15 +401,25 @@ def read_json(path):
 
 
 MARK = r'\s*[\t,;|]\s*'
-ROW = re.compile(rf"""\s*
-    "?(?P<image>[^"\t,;|]+?)"?(\#\d+)?{MARK}   # a.jpg or, in Flickr's own files, a.jpg#0
-    (\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d])        # or the number is a field, but not that of "1,000"
-    | (?<=\|\s\d)\s\s+))?                    # (once in Flickr30k without its mark)
-    ("(?P<quoted>([^"]|"")*)"                  # a caption in quotes ..
-    | (?!"([^"]|"")*"?\s*([\t,;|]|$))          # .. or without; not one that began and does not end
-      (?P<caption>.*\S))\s*""", re.X)
 FORM = ('an image with its ending, a mark (tab, comma, semicolon or bar), and its caption in one '
         'column, such as "a.jpg,A dog runs."')
+
+
+def read_row(line):
+    """A line of a table -> an image and its caption, or None if the line is not of that FORM."""
+    row = re.fullmatch(rf'"?([^"\t,;|]+?)"?(#\d+)?{MARK}(.+)', line)  # a.jpg, or Flickr's a.jpg#0
+    if not row or not is_image(row[1]):
+        return None
+    image, caption = row[1], row[3]
+    number = re.match(r'\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d]))', caption)  # not that of "1,000 birds"
+    if number:  # the number of the caption has a column
+        caption = caption[number.end():]
+    if re.fullmatch(r'"([^"]|"")*"', caption):
+        caption = caption[1:-1].replace('""', '"')
+    elif re.match(r'"([^"]|"")*"\s*[\t,;|]', caption):  # more columns
+        return None
+    is_list = re.match(r'[\[({]\s*["\']', caption)
+    return None if is_list else (image, caption)
 
 
 def read_table(path, problems):
@@ -421,20 +431,17 @@ def read_table(path, problems):
     lines = read_text(path).split('\n')
     columns = re.split(MARK, lines[0])
     if '.' not in columns[0]:  # a header, perhaps Flickr30k's
-        if len(columns) != 2 and columns[1:2] != ['comment_number']:
+        if len(columns) - ('comment_number' in columns) != 2:
             raise UserError(f'{path} has the columns {lines[0]!r:.80}: each line should be {FORM}')
         lines[0] = ''
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith('2258277193_586949ec62.jpg.1#'):
             continue  # Flickr8k has captions of that image, and no such image
-        row = ROW.fullmatch(line.strip())
-        if row and is_image(row['image']):
-            caption = row['caption'] or row['quoted'].replace('""', '"')
-            is_list = re.match(r'[\[({]\s*["\']', caption)
-            if not is_list:
-                rows.append((plain(row['image']), caption, ''))
-                continue
-        problems.append(f'{path}, line {number}, is {line!r:.60}: it should be {FORM}')
+        row = read_row(line.strip())
+        if row:
+            rows.append((plain(row[0]), row[1], ''))
+        else:
+            problems.append(f'{path}, line {number}, is {line!r:.60}: it should be {FORM}')
     return rows
 
 
@@ -442,15 +449,11 @@ def read_captions(name, files, problems):
     """All captions -> {plain name: captions}, {plain name: split} where the files say it."""
     paths, captions, split_of = [], defaultdict(list), {}
     for pattern in CAPTION_FILES:
-        pattern = pattern.replace('NAME', re.escape(name.lower()))
-        paths = [x for x in files if re.fullmatch(pattern, x.name.lower())]
-        if paths:
-            break
+        pattern = pattern.replace('NAME', name).lower()
+        paths = paths or [path for path in files if fnmatch(path.name.lower(), pattern)]
     if not paths:
-        others = [x.name for x in files if not is_image(x)]
-        raise UserError(f'{name} has no captions.txt, .csv or .tsv, but {len(others)} other files '
-                        f'{others[:1]}: name its table so, with {FORM} in each line. A list in a '
-                        'cell and a text file for each image are not read')
+        raise UserError(f'{name} has no captions.txt, .csv or .tsv: give its table such a name, '
+                        f'with {FORM} in each line')
     print(f'{name}: captions from {", ".join(map(str, paths))}')
     for path in paths:
         named = re.search('_(train|val|dev|test)', path.name.lower())  # captions_train2014.json
@@ -468,16 +471,15 @@ def read_captions(name, files, problems):
 def read_lists(files, captions, problems):
     """Lists of images, such as train.txt -> {plain name: split}; a later split's list wins."""
     split_of, moved = {}, 0
-    for split in SPLITS:
+    for word, split in SPLITS.items():
         for path in files:
-            if not re.fullmatch(SPLIT_LIST.replace('SPLIT', split), path.name.lower()):
+            if not re.fullmatch(SPLIT_LIST.replace('SPLIT', word), path.name.lower()):
                 continue
             for line in read_text(path).split('\n'):
                 name = plain(line.strip())
                 if name in captions:
-                    if split_of.get(name, SPLITS[split]) != SPLITS[split]:
-                        moved += 1
-                    split_of[name] = SPLITS[split]
+                    moved += split_of.get(name, split) != split
+                    split_of[name] = split
                 elif name:
                     problems.append(f'{path} lists {name}, which has no caption')
     if moved:
@@ -491,28 +493,29 @@ def draw_missing(split_of):
     A hash of an image's own name decides, so adding pictures never moves one out of training.
     """
     for split in 'val', 'test':
-        def place(name):  # from 0 to 1, another one in each split
-            text = f'{split} {name}'.encode(errors='replace')
-            return int(hashlib.md5(text).hexdigest(), 16) / 16 ** 32
         names = [name for name in split_of if split_of[name] == 'train']
         if split in split_of.values() or not names:
             continue
         print(f'{split} is drawn from train: scores cannot be compared with published ones')
-        for i, name in enumerate(sorted(names, key=place)):
-            if i == 0 or place(name) < 0.1:  # one at least
+        digests = {}
+        for name in names:
+            text = f'{split} {name}'.encode(errors='replace')
+            digests[name] = hashlib.md5(text).hexdigest()
+        first = min(names, key=digests.get)  # one at least
+        for name in names:
+            if name == first or digests[name] < '1a':  # 1a of 100 in hexadecimal: a tenth
                 split_of[name] = split
 
 
 def data_files(name, root):
-    """A data set's folder and all files in it; an empty one of a known name is downloaded into."""
-    if as_path(name).is_dir():  # a path comes first
-        folder = as_path(name)
-    else:
+    """A data set's folder and all files in it; one of a known name without files is filled."""
+    folder = as_path(name)  # a path comes first
+    if not folder.is_dir():
         folder = as_path(root) / name
     files = list_files(folder) if folder.exists() else []
-    archives = tuple(Path(address).stem for _, address, *_ in DOWNLOADS.get(name, ()))
+    archives = tuple(address.rsplit('/', 1)[1] for address, _, _ in DOWNLOADS.get(name, ()))
     users = [path for path in files if not str(path.relative_to(folder)).startswith(archives)]
-    if archives and not users and (not files or (folder / UNFINISHED).exists()):
+    if archives and not users:  # nothing but archives, and what `download` unpacked
         download(name, folder)
         files = list_files(folder)
     return folder, files
@@ -522,51 +525,42 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example, those of `splits` alone.
 
     name: shapes (which alone has 'unseen', a second test split), a path, or a folder in `root`. A
-    split of which no image is there is left out. Raises UserError for the first problem; with
+    split without images is left out. Raises UserError for the first problem; with
     skip_bad lines, captions and images that are bad are left out instead.
     """
     if name == 'shapes':
         sizes = {'train': 7000, 'val': 200, 'test': 400, 'unseen': 400}
         return {split: make_shapes(sizes[split], split, split == 'unseen') for split in splits}
     folder, files = data_files(name, root)
-    on_disk, problems, found = {}, [], {}
+    on_disk, problems, found = {}, [], defaultdict(list)
     for path in filter(is_image, files):
-        if plain(path) in on_disk:
-            raise UserError(f'{on_disk[plain(path)]} and {path} have the same name: keep one of '
-                            f'them in {folder}')
-        on_disk[plain(path)] = path
-    if not on_disk:
-        raise UserError(f'{folder} has no images: put them there')
+        image = plain(path)
+        if image in on_disk:
+            raise UserError(f'{on_disk[image]} and {path} have the same name: keep one of them in '
+                            f'{folder}')
+        on_disk[image] = path
     captions, split_of = read_captions(folder.name, files, problems)
     split_of = split_of or read_lists(files, captions, problems)
     split_of = split_of or dict.fromkeys(captions, 'train')
-    if len(split_of) < len(captions):
-        print(f'{len(captions) - len(split_of)} images are in no split and left out')
-    if captions and not on_disk.keys() & captions:
-        raise UserError(f'{folder} has none of the images that have captions, such as '
-                        f'{min(captions)}')
     draw_missing(split_of)
-    for split in splits:
-        images = [image for image in split_of if split_of[image] == split]
-        if not on_disk.keys() & images:  # this machine does not have that split
+    for image, split in split_of.items():
+        if split not in splits:
             continue
-        found[split] = []
-        for image in images:
-            try:
-                if image not in on_disk:
-                    raise UserError(f'{folder} has no image {image}')
-                path = on_disk[image]
-                if skip_bad:  # else cache_images stops at it
-                    open_image(path)
-                found[split].append(Example(path, captions[image], (), result_name(path)))
-            except UserError as error:
-                problems.append(str(error))
+        try:
+            if image not in on_disk:
+                raise UserError(f'{folder} has no image {image}')
+            path = on_disk[image]
+            if skip_bad:  # else cache_images stops at it
+                open_image(path)
+            found[split].append(Example(path, captions[image], (), result_name(path)))
+        except UserError as error:
+            problems.append(str(error))
     if problems and not skip_bad:
         raise UserError(f'{problems[0]} (one of {len(problems)}): put it right, or leave out what '
                         'is bad with --skip-bad')
     if problems:
         print(f'left out {len(problems)} bad captions and images, such as: {problems[0]}')
-    return {split: examples for split, examples in found.items() if examples}
+    return found
 
 
 # -------------------------------------------------------------------------------- for every command
@@ -581,10 +575,8 @@ def run_command(main):
     """Run a script's main function; what a user can put right becomes one line and status 2."""
     keep_memory()
     warnings.filterwarnings('ignore', module='PIL')  # of odd pictures that it reads all the same
-    sys.stdout = sys.stdout or open(os.devnull, 'w')  # None under pythonw
-    sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'):  # a notebook's has not
+        if hasattr(stream, 'reconfigure'):  # a notebook's has not, and without a console it is None
             stream.reconfigure(errors='backslashreplace', line_buffering=True)
     try:
         main()
@@ -593,8 +585,6 @@ def run_command(main):
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         sys.stdout = open(os.devnull, 'w')
-    except (UserError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
-        if isinstance(error, OSError) and error.filename:
-            error = f'{error.filename}: {error.strerror}'
+    except (UserError, OSError) as error:  # OSError: what cannot be read or written
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)

@@ -14,9 +14,6 @@ LSTM's state, E word embedding, y words, s a sampled location.
 import hashlib
 import io
 import logging
-import os
-import time
-import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from torch.export.passes import move_to_device_pass
 
 from attention import BahdanauAttention, DotAttention, hard_context, soft_context
 from data import END, PAD, START, UNK  # ids of special words
-from data import UserError, Vocabulary, as_path, in_one_line
+from data import UserError, Vocabulary, as_path, in_one_line, whole_file
 
 PRETRAINED = Path(__file__).resolve().with_name('pretrained')  # models shipped with this program
 
@@ -102,12 +99,12 @@ def exported_cnn(path, device):
     return cnn, f'{path.stem}-{hashlib.sha256(content).hexdigest()[:12]}'
 
 
-FAMILIES = 'vgg resnet resnext wide_resnet densenet efficientnet convnext regnet mobilenet'.split()
+FAMILIES = 'vgg resnet resnext wide_resnet densenet efficientnet convnext regnet mobilenet'
 
 
 def torchvision_cnn(name, pretrained):
     """A torchvision classifier without pooling and head, and torchvision's entry of its weights."""
-    if not name.startswith(tuple(FAMILIES)):  # others end with other layers
+    if not name.startswith(tuple(FAMILIES.split())):  # others end with other layers
         raise ValueError('no such CNN')
     import torchvision  # here: it loads as slowly as torch, and only these CNNs need it
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -130,7 +127,7 @@ class Encoder(nn.Module):
     name        'tiny', a torchvision classification CNN, or the path of a .pt2 file (torch.export)
                 that maps ImageNet-normalised images to feature maps (B, D, rows, columns)
     image_size  pixels; images are squares of this side
-    trainable   whether the CNN learns (None: only tiny does); a frozen one stays in evaluation mode
+    trainable   whether the CNN learns, as tiny always does; a frozen one stays in evaluation mode
     pretrained  whether a torchvision CNN gets its ImageNet weights
     batch       images in the trial run: a CNN exported for fewer at once is refused
 
@@ -138,15 +135,13 @@ class Encoder(nn.Module):
     of a frozen CNN. Raises UserError if the CNN cannot be loaded or does not give a feature map.
     """
 
-    def __init__(self, name='tiny', image_size=64, trainable=None, pretrained=True, device='cpu',
+    def __init__(self, name='tiny', image_size=64, trainable=False, pretrained=True, device='cpu',
                  batch=2):
         super().__init__()
         self.name, self.image_size = str(name), image_size
-        if trainable is None:
-            trainable = name == 'tiny'
-        self.trainable = trainable
+        self.trainable = trainable or name == 'tiny'
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
-        remedy = (f"give tiny, a CNN of torchvision ({', '.join(FAMILIES)}), or a .pt2 file that "
+        remedy = (f'give tiny, a CNN of torchvision ({FAMILIES}), or a .pt2 file that '
                   f'maps any number of images of {image_size} pixels to (B, D, rows, columns)')
         with in_one_line(f'{name} cannot be the encoder', remedy):
             if self.name == 'tiny':
@@ -158,8 +153,8 @@ class Encoder(nn.Module):
                 self.key = f'{name}-{Path(weights.url).stem}'
                 mean, std = weights.transforms().mean, weights.transforms().std
             self.cnn.requires_grad_(self.trainable)
-            self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1), persistent=False)
-            self.register_buffer('std', torch.tensor(std).view(3, 1, 1), persistent=False)
+            mean_std = torch.tensor([mean, std]).view(2, 3, 1, 1)
+            self.register_buffer('mean_std', mean_std, persistent=False)
             self.to(device).eval()
             with torch.no_grad():  # a trial run tells the sizes
                 features = self.features(torch.zeros(batch, 3, image_size, image_size))
@@ -172,10 +167,11 @@ class Encoder(nn.Module):
 
     def features(self, images):
         """Images (B, 3, ..), uint8 or float in 0..1 -> the CNN's map (B, D, rows, columns)."""
-        images = images.to(self.mean.device)
+        mean, std = self.mean_std  # (3, 1, 1) each
+        images = images.to(mean.device)
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        images = (images - self.mean) / self.std
+        images = (images - mean) / std
         if images.device.type != 'mps':  # a faster layout; its backward pass on MPS has bugs
             images = images.contiguous(memory_format=torch.channels_last)
         return self.cnn(images)
@@ -309,9 +305,8 @@ class Captioner(nn.Module):
         draw locations in hard attention's training (None: all); the others take the expectation.
         """
         Ey = self.input_dropout(self.E(captions[:, :-1]))  # (B, T, M)
-        if self.training and self.config.input_dropout:
-            mask = self.input_dropout(torch.ones_like(a[:, :1]))  # (B, 1, D), for all locations
-            a = a * mask
+        mask = self.input_dropout(torch.ones_like(a[:, :1]))  # (B, 1, D), for all locations
+        a = a * mask
         keys, a, state = self.start(a)
         steps = []
         for WEy in self.cell.W(Ey).unbind(1):  # the words' part of eq. (1), for all t at once
@@ -380,9 +375,6 @@ class Captioner(nn.Module):
             if not log_prob.isfinite().any():
                 break
 
-        if not all(found):
-            raise UserError('the model computes no numbers: train it again with a lower --lr')
-
         def rank(hypothesis):  # those that reached <end> come first, for False sorts before True
             tokens, log_p = hypothesis.tokens, hypothesis.log_prob
             return tokens[-1] != END, -log_p / len(tokens) ** length_penalty
@@ -390,16 +382,11 @@ class Captioner(nn.Module):
 
 
 # -------------------------------------------------------------------------- devices and checkpoints
-FORMAT = 'show-attend-tell 1'
-
-
 def pick_device(name=''):
     """Device by name, or the best there is: cuda, mps or cpu. UserError if it cannot be used."""
     name = name or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
-    try:
+    with in_one_line(f'--device {name} cannot be used here', 'leave it out'):
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name} cannot be used here: {str(error)[:100]}') from None
 
 
 def checkpoint_in(run):
@@ -415,46 +402,28 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, 
     """Write one file with all that captioning needs, and whatever `training` adds for resuming.
 
     settings: numbers and strings. With `half` weights are float16. A frozen encoder's weights are
-    not written. PATH.part is written and renamed when complete. Raises UserError if that fails.
+    not written. Raises UserError if the file cannot be written.
     """
     def weights(module):
         return {name: x.half() if half and x.is_floating_point() else x
                 for name, x in module.state_dict().items()}
-    own = encoder.trainable or encoder.name == 'tiny'  # no file has its weights
     cnn = {'name': encoder.name, 'image_size': encoder.image_size, 'key': encoder.key,
-           'weights': weights(encoder) if own else None}
-    content = {'format': FORMAT, 'config': asdict(captioner.config),
-               'captioner': weights(captioner), 'words': vocabulary.words, 'encoder': cnn,
-               'settings': settings, **training}
-    part = Path(f'{path}.part')
-    with in_one_line(f'cannot write {path}', 'is the disk full, or does another program hold it?'):
-        try:
-            torch.save(content, part)
-            rename(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def rename(part, path):
-    """os.replace, tried again where another program (on Windows a virus scanner) holds the file."""
-    for seconds in 0.1, 0.5, 2:
-        try:
-            return os.replace(part, path)
-        except PermissionError:
-            time.sleep(seconds)
-    os.replace(part, path)
+           'weights': weights(encoder) if encoder.trainable else None}
+    content = {'config': asdict(captioner.config), 'captioner': weights(captioner),
+               'words': vocabulary.words, 'encoder': cnn, 'settings': settings, **training}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with whole_file(as_path(path), 'make room, or close the program that holds it') as file:
+        file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint file; no code in it is run. UserError if it is not one."""
     with in_one_line(f'{path} is no whole checkpoint of this program',
                      'name another, such as runs/NAME/best.pt'):
-        with zipfile.ZipFile(path) as file:  # torch.load does not verify its checksums
-            if file.testzip():
-                raise ValueError('it is damaged')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if checkpoint['format'] != FORMAT:
-            raise ValueError(f"it is of the format {checkpoint['format']}, not {FORMAT}")
+        if 'captioner' not in checkpoint:
+            raise ValueError('it holds something else')
         return checkpoint
 
 
@@ -468,11 +437,12 @@ def load_checkpoint(source, device='cpu'):
     cnn = checkpoint['encoder']
     own = cnn['weights'] is not None  # it was trained with the captioner
     encoder = Encoder(cnn['name'], cnn['image_size'], own, pretrained=not own, device=device)
-    if own:
-        encoder.load_state_dict(cnn['weights'])
-    elif encoder.key != cnn['key']:
+    if not own and encoder.key != cnn['key']:
         raise UserError(f'the model was trained with the encoder {cnn["key"]}, and {cnn["name"]} '
                         f'is {encoder.key}: put the former one in its place')
     captioner = Captioner(CaptionerConfig(**checkpoint['config'])).to(device).eval()
-    captioner.load_state_dict(checkpoint['captioner'])
+    with in_one_line('the checkpoint is of another version of this program', 'train it anew'):
+        captioner.load_state_dict(checkpoint['captioner'])
+        if own:
+            encoder.load_state_dict(cnn['weights'])
     return captioner, encoder, Vocabulary(checkpoint['words']), checkpoint['settings']

@@ -16,21 +16,34 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data import PAD, START, UNK, UserError, as_path, in_one_line, is_image, list_files, load_image
-from data import open_image, result_name, run_command
+from data import START, UserError, as_path, is_image, list_files, load_image, open_image
+from data import result_name, run_command, whole_file
 from model import PRETRAINED, checkpoint_in, load_checkpoint, pick_device
 
 PANEL, LABEL, GAP = 224, 32, 6  # pixels: width of a panel, height of its label, space between
+COLUMNS = 6  # panels in a row
 LARGE, SMALL = ImageFont.load_default(20), ImageFont.load_default(13)  # Pillow's own font
 
 
-def attention_map(alpha, grid, size):
-    """Weights alpha (L,), size (width, height) -> smooth (height, width), 1 where largest."""
-    alpha = np.asarray(alpha, dtype=np.float32).reshape(grid)
-    small = Image.fromarray((255 * alpha / alpha.max()).astype(np.uint8))
-    blur = ImageFilter.GaussianBlur(max(size) / max(grid) / 3)
-    weights = np.asarray(small.resize(size, Image.BICUBIC).filter(blur), dtype=np.float32)
-    return weights / weights.max()
+def draw_look(image, alpha, grid):
+    """Where the model looked -> a picture, and the share of it that holds half of the weight.
+
+    The smallest region with half of the weights alpha (L,) has a yellow line around it and keeps
+    the image's colours; elsewhere the picture is dim and grey.
+    """
+    pixels = np.asarray(image, dtype=np.float32)  # (height, width, 3)
+    cells = Image.fromarray(np.asarray(alpha, dtype=np.float32).reshape(grid))
+    w = np.asarray(cells.resize(image.size, Image.BICUBIC)).clip(0)  # the weight of each pixel
+    largest_first = np.sort(w, axis=None)[::-1]
+    half = np.searchsorted(largest_first.cumsum(), w.sum() / 2)
+    level = largest_first[half]  # pixels above it hold half of the weight
+    grey = 0.45 * pixels.mean(axis=2, keepdims=True)
+    m = np.minimum(w / level, 1)[:, :, None] ** 2  # 1 inside of the region
+    picture = grey + m * (pixels - grey)
+    region = Image.fromarray(np.uint8(255 * (w >= level)))
+    blurred = np.float32(region.filter(ImageFilter.GaussianBlur(4)))  # specks fade below 127
+    picture[abs(blurred - 127) < 18] = 255, 210, 0
+    return Image.fromarray(np.uint8(picture)), half / w.size
 
 
 def drawable(word):
@@ -40,11 +53,12 @@ def drawable(word):
     return letters.encode('ascii', 'backslashreplace').decode()
 
 
-def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
-    """One picture for a caption: the image, then for each word the image under its attention.
+def draw_attention(image, words, alphas=None, grid=None):
+    """One picture for a caption: the image, then for each word where the model looked.
 
-    image: PIL picture; words: T strings; alphas (>= T rows: <end> has one too) and betas, the
-    gates, of a Hypothesis, None without attention; grid: (rows, columns) of the L locations.
+    image: PIL picture; words: T strings; alphas (>= T rows: <end> has one too) of a Hypothesis,
+    None without attention; grid: (rows, columns) of the L locations. Beside each word stands the
+    share of the picture that holds half of the weight: 50 % where attention is even.
     """
     height = math.ceil(PANEL * image.height / image.width)
     image = image.resize((PANEL, height), Image.BICUBIC)
@@ -53,22 +67,19 @@ def draw_attention(image, words, alphas=None, betas=None, grid=None, columns=6):
         panels = [(image, ' '.join(words), '')]
     else:
         panels = [(image, '', '')]
-        pixels = np.asarray(image, dtype=np.float32)
-        dark, bright = 0.22 * pixels, 0.7 * pixels + 0.3 * 255
-        for word, alpha, beta in zip(words, alphas, betas):
-            m = attention_map(alpha, grid, image.size)[:, :, None]
-            look = Image.fromarray((dark + m * (bright - dark)).astype(np.uint8))
-            panels.append((look, word, f'beta {beta:.2f}'))
+        for word, alpha in zip(words, alphas):
+            look, share = draw_look(image, alpha, grid)
+            panels.append((look, word, f'{share:.0%}'))
     width, height = PANEL + GAP, height + LABEL + GAP  # of a panel with all around it
-    rows = math.ceil(len(panels) / columns)
-    sheet = Image.new('RGB', (columns * width + GAP, rows * height + GAP), 'white')
+    rows = math.ceil(len(panels) / COLUMNS)
+    sheet = Image.new('RGB', (COLUMNS * width + GAP, rows * height + GAP), 'white')
     draw = ImageDraw.Draw(sheet)
-    for i, (panel, word, beta) in enumerate(panels):
-        row, column = divmod(i, columns)
+    for i, (panel, label, share) in enumerate(panels):
+        row, column = divmod(i, COLUMNS)
         x, y = GAP + column * width, GAP + row * height + LABEL
-        font = SMALL if beta and len(word) > 15 else LARGE  # room for beta
-        draw.text((x, y - 6), word, 'black', font, anchor='ls')
-        draw.text((x + PANEL, y - 6), beta, 'grey', SMALL, anchor='rs')
+        font = SMALL if share and LARGE.getlength(label) > PANEL - 40 else LARGE
+        draw.text((x, y - 6), label, 'black', font, anchor='ls')
+        draw.text((x + PANEL, y - 6), share, 'grey', SMALL, anchor='rs')
         sheet.paste(panel, (x, y))
     return sheet
 
@@ -79,68 +90,57 @@ def images_in(path):
         return [path]
     files = list_files(path)
     images = [x for x in files if is_image(x)]
-    others = f'{len(files) - len(images)} files that Pillow does not know (convert HEIC to JPEG)'
-    if not images:
-        raise UserError(f'the folder {path} has no images, and {others}')
     if len(images) < len(files):
-        print(f'left out of {path}: {others}', file=sys.stderr)
+        print(f'{path}: left out {len(files) - len(images)} files that Pillow does not know '
+              '(convert HEIC to JPEG)', file=sys.stderr)
     return images
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.',
-                                     usage='sample.py IMAGE [IMAGE ..] [--checkpoint RUN ..]')
-
+    parser = argparse.ArgumentParser(description='Caption images and draw where the model looked.')
     add = parser.add_argument
     add('images', nargs='+', type=as_path, help='image files, or folders of images')
     add('--checkpoint', default=PRETRAINED / 'soft.pt',
         help='trained model: a file, or a folder such as runs/NAME [pretrained/soft.pt]')
-    add('--explain', action='store_true', help='say how each word came about (not with --json)')
-    add('--top', type=int, default=1, help='captions for each image, at most beam [1]')
+    add('--explain', action='store_true', help='say how each word came about')
     add('--beam', type=int, help='beam size [as in training]')
-    add('--hard-decode', choices=('argmax', 'expected'), help='hard attention [as in training]')
     add('--out', help='folder for the pictures [beside each image]')
-    add('--json', action='store_true', help="print COCO's results file instead of text")
+    add('--json', action='store_true', help="print COCO's results file, and draw no pictures")
     add('--device', default='', help='cpu, cuda or mps [the best there is]')
     args = parser.parse_args()
-    if args.top < 1 or args.beam is not None and args.beam < 1:
-        parser.error('--top and --beam must be at least 1')
+    if args.beam is not None and not 1 <= args.beam <= 100:
+        parser.error('--beam must be from 1 to 100')
     return args
 
 
 def explain(captioner, a, best, vocabulary, encoder):
     """Print the shapes along the way for one image's a (1, L, D), then how each word was chosen."""
-    # The words that were found go through the model once more, for their p.
     captions = torch.tensor([[START, *best.tokens]], device=a.device)  # (1, T+1)
-    logits = captioner(a, captions).logits[0]  # (T, V)
+    logits = captioner(a, captions).logits[0]  # (T, V), of the words that were found
     keys, _, (h, _) = captioner.start(a)
-    shapes = f'picture {(3, encoder.image_size, encoder.image_size)}'
-    for name, x in ('a', a[0]), ('keys', keys[0]), ('h', h[0]), ('logits', logits):
-        shapes += f', {name} {tuple(x.shape)}'
-    print(f'  {shapes}')
-    cells = '' if best.alphas is None else 'beta  weight at row,column from 0'
-    print(f'  word         p     {cells:34}  p of the likeliest words')
+    print(f'  picture (3, {encoder.image_size}, {encoder.image_size}), a {tuple(a[0].shape)}, '
+          f'keys {tuple(keys[0].shape)}')
+    print(f'  h {tuple(h[0].shape)}, logits {tuple(logits.shape)}')
+    print('  word        p     beta  weight at row,column from 0       p of the likeliest words')
     for t, token in enumerate(best.tokens):
-        p = logits[t].softmax(dim=0)  # (V,)
-        p[[PAD, START, UNK]] = 0  # which beam search never says
+        look = ''
         if best.alphas is not None:
-            cells = f'{best.betas[t]:.2f}'
+            look = f'{best.betas[t]:.2f}'
             for i in (-best.alphas[t]).argsort()[:3]:
                 row, column = divmod(i, encoder.grid[1])
-                cells += f'  {best.alphas[t, i]:.2f} {row},{column}'
+                look += f'  {best.alphas[t, i]:.2f} {row:2},{column:<2}'
+        p = logits[t].softmax(dim=0)  # (V,)
         words = ''
         for i in p.topk(3).indices:
-            words += f'{p[i]:.2f} {vocabulary.all[i]:8}  '
-        print(f'  {vocabulary.all[token]:11}  {p[token]:.2f}  {cells:34}  {words}'[:100].rstrip())
+            words += f'  {p[i]:.2f} {vocabulary.all[i]}'
+        print(f'  {vocabulary.all[token]:10}  {p[token]:.2f}  {look:40}{words}')
 
 
 def save_picture(path, picture, best, vocabulary, grid):
     """Draw where the model looked for the words of the Hypothesis `best`, or a UserError."""
-    words = vocabulary.decode(best.tokens)
-    sheet = draw_attention(open_image(path), words, best.alphas, best.betas, grid)
-    with in_one_line(f'cannot write {picture}', 'name another folder with --out'):
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(picture, compress_level=1)  # fast, a tenth more bytes
+    sheet = draw_attention(open_image(path), vocabulary.decode(best.tokens), best.alphas, grid)
+    with whole_file(picture, 'name another folder with --out') as file:
+        sheet.save(file, 'PNG', compress_level=1)  # fast, a tenth more bytes
 
 
 @torch.no_grad()
@@ -148,12 +148,12 @@ def main():
     args = parse_arguments()
     checkpoint, device = checkpoint_in(args.checkpoint), pick_device(args.device)
     captioner, encoder, vocabulary, settings = load_checkpoint(checkpoint, device)
-    if args.hard_decode:
-        captioner.config.hard_decode = args.hard_decode
     beam = args.beam or settings['beam']
     print(f'model: {checkpoint} (--checkpoint names another)', file=sys.stderr)
     paths = [path for place in args.images for path in images_in(place)]
-    results, pictures, failed = [], {}, False
+    if not paths:
+        raise UserError('there are no images')
+    results, pictures, errors = [], {}, []
     pool = ThreadPoolExecutor()  # it draws pictures while the next batch is captioned
     for i in range(0, len(paths), 25):
         batch, pixels = [], []
@@ -162,37 +162,35 @@ def main():
                 pixels.append(load_image(path, encoder.image_size))
                 batch.append(path)
             except UserError as error:
-                print(f'error: {error}', file=sys.stderr)
-                failed = True
+                errors.append(error)
         if not batch:
             continue
         a = encoder(torch.from_numpy(np.stack(pixels)))  # (B, L, D)
         found = captioner.beam_search(a, beam, settings['max_len'], settings['length_penalty'])
         for path, features, hypotheses in zip(batch, a, found):
-            for h in hypotheses[:args.top]:
-                caption = ' '.join(vocabulary.decode(h.tokens))
-                results.append({'image_id': result_name(path), 'caption': caption,
-                                'log_prob': h.log_prob})
-                if not args.json:
-                    print(f'{path}: {caption}' + (f'  ({h.log_prob:.2f})' if args.top > 1 else ''))
             best = hypotheses[0]
-            if args.explain and not args.json:
+            caption = ' '.join(vocabulary.decode(best.tokens))
+            if args.json:
+                results.append({'image_id': result_name(path), 'caption': caption,
+                                'log_prob': best.log_prob})
+                continue
+            print(f'{path}: {caption}')
+            if args.explain:
                 explain(captioner, features.unsqueeze(0), best, vocabulary, encoder)
             picture = Path(args.out or path.parent) / f'{path.stem}.attention.png'
             while picture in pictures:  # photo.jpg and photo.png, or with --out of two folders
                 picture = picture.with_name(f'_{picture.name}')
             pictures[picture] = pool.submit(save_picture, path, picture, best, vocabulary,
                                             encoder.grid)
+    if args.json:
+        print(json.dumps(results, indent=1))
     for drawn in pictures.values():
         try:
             drawn.result()
         except UserError as error:
-            print(f'error: {error}', file=sys.stderr)
-            failed = True
-    if args.json:
-        print(json.dumps(results, indent=1))
-    if failed:
-        sys.exit(2)
+            errors.append(error)
+    if errors:
+        raise UserError('\nerror: '.join(map(str, errors)))
 
 
 if __name__ == '__main__':

@@ -52,7 +52,7 @@ from bleu_meteor import bleu, meteor, tokenize
 from data import END, PAD, START, UNK, UserError, Vocabulary
 from model import Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, checkpoint_in
 from model import load_checkpoint, save_checkpoint
-from sample import PANEL, attention_map, draw_attention, drawable
+from sample import PANEL, draw_attention, draw_look, drawable
 from train import Settings, batch_loss
 
 try:
@@ -276,13 +276,13 @@ def test_reinforce_is_unbiased_and_the_bound_holds(monkeypatch):
     bound = p @ log_p_y
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
     assert bound <= (p @ log_p_y.exp()).log()  # eq. (10): L_s <= log p(y | a)
-    cfg = Settings(attn='hard', expected=0.0, lambda_r=1.0, lambda_h=0.0)
+    cfg = Settings(attn='hard', lambda_r=1.0, lambda_h=0.0)
     for baseline in 0.0, bound.item():
         mean = 0
         for n in range(9):  # as a training step takes each
             row = s[n:n + 1]
             give_locations(monkeypatch, row, row >= 0)
-            loss, _ = batch_loss(captioner, a, captions, cfg, baseline)
+            loss, _ = batch_loss(captioner, a, captions, cfg, baseline, expected=0.0)
             mean = mean + p[n].item() * loss
         close(gradient(-mean), gradient(bound), atol=1e-9, rtol=1e-6)
 
@@ -420,19 +420,9 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path):
     assert torch.load(tmp_path / 'a.pt')['captioner']['E.weight'].dtype == torch.float16
 
 
-def test_a_checkpoint_with_one_wrong_byte_is_refused(tmp_path):
-    path = tmp_path / 'a.pt'
-    save_checkpoint(path, tiny_captioner(D=128), Encoder('tiny', 32), Vocabulary('abcde'), {})
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # in a weight, where torch.load sees nothing wrong
-    path.write_bytes(content)
-    with pytest.raises(UserError, match='a.pt is no whole checkpoint'):
-        load_checkpoint(path)
-
-
 def test_a_checkpoint_that_is_held_open_is_written_later_or_stays(tmp_path, monkeypatch):
     model = tiny_captioner(D=128), Encoder('tiny', 32), Vocabulary('abcde')
-    path, held = tmp_path / 'a.pt', PermissionError('held open')
+    path, held = tmp_path / 'a.pt', PermissionError(13, 'held open')
     replace = Mock(wraps=os.replace, side_effect=[held, held, DEFAULT, *[held] * 99])
     monkeypatch.setattr('os.replace', replace)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
@@ -672,7 +662,6 @@ def write_layout(folder, layout):
         file, header, form = FORMS[layout]
         lines = [form.format(name, i, text) for name in SENTENCES
                  for i, text in enumerate(SENTENCES[name])]
-        lines[3] = lines[3].replace('3| A', '3   A')  # Flickr30k's file has one such line
         if layout == 'official':  # Flickr8k has captions of a picture that it has not
             lines.append('2258277193_586949ec62.jpg.1#0\tA dog .')
             for split, name in zip(SPLITS, ('train', 'dev', 'test')):
@@ -768,7 +757,7 @@ def test_nothing_is_fetched_while_a_folder_holds_any_file_of_the_user(tmp_path, 
     fetched, folder = [], tmp_path / 'coco'
     monkeypatch.setattr(data, 'download', lambda *wanted: fetched.append(wanted))
     write(folder, {'captions.txt': 'a.bmp,Ein Hund'})
-    with pytest.raises(UserError, match='coco has no images: put them there'):
+    with pytest.raises(UserError, match='coco has no image a.bmp'):
         load(folder)
     make_pictures(folder, ['a.bmp'])
     assert said(load(folder)) == {'a.bmp': ['Ein Hund']} and not fetched
@@ -791,7 +780,7 @@ def test_coco_of_both_years(tmp_path, year, start):
     assert said(splits) == dict(enumerate(texts.values()))  # by COCO's own numbers
     assert names(splits)['val'] == [3, 4]
     shutil.rmtree(folder / f'train{year}')  # what is not there is not asked for
-    assert load(folder) == {'val': splits['val']}
+    assert load(folder, splits=['val']) == {'val': splits['val']}
 
 
 @needs_shared
@@ -838,7 +827,7 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(mine, monkeypatch):
 
 BAD_LINES = {  # of a table
     'no mark': 'red.jpg A dog', 'no ending': 'red,A dog', 'another order': 'A dog,red.jpg',
-    'two captions': 'red.jpg,"A dog","A cat"', 'two lines': 'red.jpg,"A dog', 'nothing': 'red.jpg,',
+    'two captions': 'red.jpg,"A dog","A cat"', 'two lines': 'red.jpg,"A dog\nruns."', 'nothing': 'red.jpg,',
     'a list': 'red.jpg,"[""A dog"", ""A cat""]"', "Python's list": "red.jpg,['A dog', 'A cat']",
     'a long line': 'x' * 300_000}
 LISTED = LINES + 'no.jpg,A dog'
@@ -852,7 +841,7 @@ BAD_PARTS = {  # files, of which a part is bad: what is said of it
                                     '"sentences": [{"raw": 5}, {"raw": "A dog"}]}]}'},
                  'an empty caption of red.jpg')}
 for fault, line in BAD_LINES.items():
-    BAD_PARTS[fault] = {'captions.txt': LINES + line}, 'captions.txt, line 5, is .*a.jpg,A dog'
+    BAD_PARTS[fault] = {'captions.txt': LINES + line}, 'captions.txt, line [56], is .*a.jpg,A dog'
 BAD_FILES = {
     'more columns': ({'captions.csv': 'image,caption,licence\n'}, "columns 'image,cap.*should be"),
     'an index first': ({'captions.tsv': '\timage\tcaption\n'}, 'columns .*image.*should be'),
@@ -862,7 +851,7 @@ BAD_FILES = {
                    "not as Karpathy's and COCO's .*KeyError: 7.*write a captions.txt"),
     'a list in JSON': ({'captions_x.json': '[{"image": "red.jpg"}]'}, "not as Karpathy's and COCO"),
     'a text for each image': ({'red.txt': 'A dog', 'blue.txt': 'A cat'},
-                              'no captions.txt, .csv or .tsv, but 2 other files')}
+                              'no captions.txt, .csv or .tsv: give')}
 
 
 @pytest.mark.parametrize('fault', [*BAD_PARTS, *BAD_FILES])
@@ -904,28 +893,28 @@ def source(server, name, kind):
 def test_a_download_goes_on_where_it_stopped_in_the_very_folder(tmp_path, monkeypatch, server):
     folder, sources = tmp_path / 'flickr8k', []
     for archive in 'texts.zip', 'images.zip':
-        sources.append(('', *source(server, archive, 'sha256')))
+        sources.append(source(server, archive, 'sha256'))
     monkeypatch.setitem(data.DOWNLOADS, 'flickr8k', sources)
     (server[1] / 'images.zip').rename(tmp_path / 'later')
     with pytest.raises(UserError, match='cannot get .*images.zip .*404.*put it into'):
         load(folder)
-    assert sorted(os.listdir(folder)) == ['.unfinished-download', 'texts']
+    assert os.listdir(folder) == ['texts.zip-unpacked']
     (server[1] / 'texts.zip').unlink()  # it is not fetched again
     (tmp_path / 'later').rename(folder / 'images.zip')  # as the message says
     splits = load(folder)
     assert names(splits) == SPLITS and said(splits) == SENTENCES
-    assert load(folder) == splits and sorted(os.listdir(folder)) == ['images', 'texts']
+    assert load(folder) == splits and len(os.listdir(folder)) == 2
 
 
 @pytest.mark.parametrize('name, message', [
     ('texts.zip', 'the wrong md5 sum.*try again'), ('empty.zip', 'get the file in another way')])
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, server, name, message):
     write(server[1], {'empty.zip': ''})
-    monkeypatch.setitem(data.DOWNLOADS, 'coco', [('', f'{server[0]}/{name}', 'md5', '0' * 32)])
+    monkeypatch.setitem(data.DOWNLOADS, 'coco', [(f'{server[0]}/{name}', 'md5', '0' * 32)])
     for _ in range(2):
         with pytest.raises(UserError, match=message):
             load(tmp_path / 'coco')
-        assert os.listdir(tmp_path / 'coco') == ['.unfinished-download']
+        assert not os.listdir(tmp_path / 'coco')
 
 
 # --------------------------------------------------------------------------- images and their cache
@@ -990,7 +979,7 @@ def fail(images):
 def photos(tmp_path):
     """Three files, 20 times: more than one batch."""
     make_pictures(tmp_path, ['a.bmp', 'b.ppm', 'c.jpg'])
-    return 20 * [data.Example(tmp_path / name, []) for name in ('a.bmp', 'b.ppm', 'c.jpg')]
+    return 20 * [data.Example(tmp_path / name, [], (), name) for name in ('a.bmp', 'b.ppm', 'c.jpg')]
 
 
 def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(photos, tmp_path):
@@ -1011,7 +1000,7 @@ def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(ph
         cache(photos, 32, label='mean', encode=fail)
     write(tmp_path, {'z.jpg': 'junk'})
     with pytest.raises(UserError, match='z.jpg cannot be read'):  # before any is encoded
-        cache([*photos, data.Example(tmp_path / 'z.jpg', [])], 32, label='mean', encode=fail)
+        cache([*photos, data.Example(tmp_path / 'z.jpg', [], (), 'z')], 32, label='mean', encode=fail)
 
 
 @pytest.mark.parametrize('worst', [float('inf'), float('nan'), 70_000.0])
@@ -1105,8 +1094,9 @@ def test_bleu_of_captions_that_are_short_empty_or_missing():
     assert bleu(references, hypotheses) == pytest.approx([100 * math.exp(1 - 8 / 4)] * 4)
     for nothing in ['y'], []:
         assert bleu(references, [nothing]) == pytest.approx([0] * 4, abs=1e-3)
-    with pytest.raises(ValueError, match='one caption for each image'):
-        bleu(references, [])
+    for refs, results in (references, []), ([[]], [['y']]):
+        with pytest.raises(ValueError):
+            bleu(refs, results)
 
 
 @needs_shared
@@ -1193,27 +1183,25 @@ IN_EVERY_FORM = [
 def test_captions_are_read_in_every_form(score, references):
     for results in ROWS, {2: ['kids'], 1: 'a dog runs on grass'}:
         status, out, _ = score(results, references)
-        assert status == 0 and out.startswith('2 of 2 images')
+        assert status == 0 and out.startswith('2 images')
         assert out.count('100.00 100.00 100.00') == 2
 
 
 def test_punctuation_counts_where_it_is_asked_for(score):
-    for flag, BLEU_1 in ('--allow-missing', '100.00'), ('--punctuation', '75.00'):
-        _, out, _ = score({'1': 'a dog runs'}, {'1': 'A dog, runs'}, flag)
+    for flags, BLEU_1 in ([], '100.00'), (['--punctuation'], '75.00'):
+        _, out, _ = score({'1': 'a dog runs'}, {'1': 'A dog, runs'}, *flags)
         assert re.search(f'BLEU-1 .. 4 +{BLEU_1}', out)  # each result gets its full stop
 
 
 @pytest.mark.parametrize('results, message', [
     ({'1': ['a', 'b'], '2': 'c'}, '1 .*(than one caption|several captions)'),
     ({'a/1': 'a', '1': 'b', '2': 'c'}, 'a/1'),
-    ({'2': 'kids'}, '1 images have no caption.*1.*--allow-missing'),
-    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'caption')])
+    ({'2': 'kids'}, '1 images, such as 1, .*results.json .1. and references.json .2.'),
+    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'results.json .0.')])
 def test_results_that_do_not_fit_are_refused_in_a_line(score, results, message):
     references = {'1': ['a dog'], '2': ['kids']}
     status, out, err = score(results, references)
     assert status == 2 and not out and re.fullmatch(f'error: .*{message}.*\n', err), err
-    _, out, _ = score(results, references, '--allow-missing')
-    assert out.startswith('1 of 2 images') == ('--allow-missing' in message)
 
 
 # ------------------------------------------------------ train: the commands, as a user calls them
@@ -1267,7 +1255,7 @@ def here(trained, tmp_path, monkeypatch):
 
 def test_train_prints_and_keeps_what_a_user_wants_to_see(here, trained, command):
     out, log = trained[1], Path(RUN, 'log.csv').read_text()
-    for text in ('3 training images, 15 captions', 'of what is said', 'flickr8k test: 1 images',
+    for text in ('3 training images, 15 captions', 'flickr8k test: 1 images',
                  '--name the whole', "data='flickr8k'", 'image_size=32', 'lr=0.001', 'amp=False',
                  f'torch {torch.__version__}, 1 x cpu'):
         assert text in out, text
@@ -1288,7 +1276,7 @@ def test_train_prints_and_keeps_what_a_user_wants_to_see(here, trained, command)
 
 
 @pytest.mark.parametrize('model', [
-    '--amp --lr 0.01 --clip 0.5 --optimizer rmsprop --max-len 9', '--attn hard',
+    '--amp --lr 0.01 --clip 0.5 --max-len 9', '--attn hard',
     '--cell rnn --finetune --encoder cnn.pt2'])
 def test_ctrl_c_ends_at_once_and_the_line_said_goes_on_to_the_same_weights(
         here, command, monkeypatch, model):
@@ -1408,7 +1396,7 @@ def test_flags_win_over_the_checkpoints_settings_and_eval_scores_as_bleu_meteor_
     Path(BEST).unlink()  # the last one will do
     arguments = [*EVAL, *flags, '--split', 'val', '--beam', '2']
     out = command(*arguments)[1]
-    row = out.split('attention)')[1].split()[:4]
+    row = out.split('(attention: soft)')[1].split()[:4]
     results, references = f'{RUN}/val-results.json', f'{RUN}/val-references.json'
     scores = command('bleu_meteor.py', results, references)[1].split('BLEU-1 .. 4')[1].split()
     assert scores[:4] == row and float(row[0]) > 0 and 'beam 2' in out
@@ -1430,17 +1418,10 @@ def test_own_pictures_and_captions_and_a_model_to_go_on_from(here, command):
     write(mine, {'captions.txt': ''.join(f'{name},Dog\n{name},A cat\n' for name in names)})
     status, out, err = command('train.py', '--data', mine, '--epochs', '1', '--lr', '1e-9',
                                '--init-from', 'runs\\mine-soft\\last.pt', '--name', 'more')
-    assert status == 0 and '1 training images, 2 captions' in out and '(33.3 %' in out, err
+    assert status == 0 and '1 training images, 2 captions' in out, err
     first, more = (load_checkpoint(f'runs/{name}/last.pt') for name in ('mine-soft', 'more'))
     assert set(more[2].words) == {'dog', 'word', '\u72d7'} and more[2].words == first[2].words
     close(more[0].state_dict(), first[0].state_dict(), atol=1e-6, rtol=0)
-
-
-def test_a_model_without_numbers_is_said_to_be_that():
-    captioner = tiny_captioner()
-    captioner.L_o.bias.data.fill_(torch.nan)
-    with pytest.raises(UserError, match='computes no numbers'):
-        captioner.beam_search(torch.randn(2, 3, 5))
 
 
 @pytest.mark.skipif(resource is None, reason='Windows has no limits of a file')
@@ -1449,7 +1430,7 @@ def test_a_full_disk_keeps_the_checkpoint_that_was_there(here):
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
     result = run(*RESUME, '--epochs', '4', cwd=here, preexec_fn=full)
     assert result.returncode == 2
-    assert re.fullmatch('error: cannot write .*last.pt .*is the disk full.*\n', result.stderr)
+    assert re.fullmatch('error: cannot write .*last.pt .*make room.*\n', result.stderr)
     assert Path(LAST).read_bytes() == before and not list(Path(RUN).glob('*.part'))
 
 
@@ -1468,24 +1449,23 @@ class Code:
 
 
 FAULTS = {  # flags: what the one line says
-    '--data flickr30k --data-dir nowhere': 'nowhere/flickr30k has no images: put',
+    '--data flickr30k --data-dir nowhere': 'flickr30k has no captions.txt',
     '--resume runs/none': 'no whole checkpoint',
     '--eval code.pt': 'code.pt is no whole checkpoint .*Weights only',
-    '--eval old.pt': 'old.pt is no whole checkpoint .*show-attend-tell 0',
-    '--min-count 99': 'no word .*99 times.*--min-count',
+    '--eval other.pt': 'other.pt is no whole checkpoint .*something else',
     '--attn hard --warm-up 3': '--warm-up must be below',
     '--device cuda:99': '--device cuda:99 cannot be used',
     '--cache-dir code.pt': 'code.pt.*(exists|directory)',
     '--compile': '--compile finds no working compiler',
-    '--batch-size 9 --resume "runs/the whole"': '--batch-size is 4 in runs',
-    '--cell rnn --init-from "runs/the whole/last.pt"': '--cell is lstm in runs'}
+    '--batch-size 9 --resume "runs/the whole"': 'batch_size is 4 in runs.*leave it out',
+    '--cell rnn --init-from "runs/the whole/last.pt"': 'cell is lstm in runs'}
 
 
 @pytest.mark.parametrize('flags', FAULTS)
 def test_what_a_user_can_put_right_is_said_in_one_line(here, command, monkeypatch, flags):
     monkeypatch.setattr(torch, 'compile', lambda step: 1 / 0)
     torch.save({'format': Code()}, 'code.pt')
-    torch.save({'format': 'show-attend-tell 0'}, 'old.pt')
+    torch.save({'settings': {}}, 'other.pt')
     before = {path: path.read_bytes() for path in here.rglob('*') if path.is_file()}
     status, _, err = command(*TRAIN, *shlex.split(flags))
     assert status == 2 and re.fullmatch(f'error: .*{FAULTS[flags]}.*\n', err), err
@@ -1528,27 +1508,28 @@ def sampled(tmp_path, monkeypatch, command):
 def test_sample_takes_folders_and_says_what_it_leaves_out(sampled, command):
     Path('album/0.jpg').write_bytes(Path('album/a.JPG').read_bytes()[:400])
     shutil.copy('album/b.png', 'album/b.attention.png')  # an older picture
-    status, out, err = sampled('album', '--json', '--out', 'new/place')
+    status, out, err = sampled('album', '--json')
     rows = json.loads(out)
     assert [row['image_id'] for row in rows] == [139, 'a.JPG', 'a.webp', 'b.png', 'a.png']
     assert all(set(row) == {'image_id', 'caption', 'log_prob'} and row['log_prob'] < 0
                for row in rows)
-    assert out.isascii() and len(os.listdir('new/place')) == 5
+    assert out.isascii()
     *_, notes, error = err.splitlines()
-    assert 'left out of album: 2 files' in notes and 'HEIC' in notes
+    assert 'album: left out 2 files' in notes and 'HEIC' in notes
     assert status == 2 and error.startswith('error: album/0.jpg cannot be read')
-    status, out, _ = sampled('album/more', 'album/b.png', '--top', '2', '--beam', '99')
-    assert status == 0 and re.fullmatch(r'(album/more/a.png: .*  \(-\d+\.\d\d\)\n){2}'
-                                        r'(album/b.png: .*  \(-\d+\.\d\d\)\n){2}', out)
-    assert Path('album/more/a.attention.png').exists()
+    os.remove('album/0.jpg')
+    status, out, _ = sampled('album', '--beam', '9', '--out', 'new/place')
+    assert status == 0 and [line.split(': ')[0] for line in out.splitlines()] == [
+        f'album/{name}' for name in ('000000000139.jpg', 'a.JPG', 'a.webp', 'b.png', 'more/a.png')]
+    assert len(os.listdir('new/place')) == 5  # three of them of an a
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['empty'], 'the folder empty has no images'),
+    (['empty'], 'there are no images'),
     (['album/d.heic', 'none.png', 'runs/soft/best.pt'],
      r'd.heic .*HEIC.*\nerror: none.png .*No such file.*\nerror: .*best.pt cannot be read'),
     (['album/b.png', '--out', 'album/notes.txt'], r'cannot write album/notes.txt/b.*--out'),
-    (['album/b.png', '--beam', '0'], '--top and --beam must be at least 1')])
+    (['album/b.png', '--beam', '0'], '--beam must be from 1 to 100')])
 def test_sample_says_what_is_wrong(sampled, arguments, message):
     Path('empty').mkdir()
     status, _, err = sampled(*arguments)
@@ -1561,8 +1542,8 @@ def test_explain_tells_the_numbers_of_the_beam_search(sampled, model):
     captioner, encoder, *_ = load_checkpoint(f'runs/{model}/best.pt')
     pixels = torch.from_numpy(data.load_image('album/b.png', 32))
     best = captioner.beam_search(encoder(pixels[None]), 2, 7, 0.7)[0][0]
-    caption, shapes, head, *rows = out.splitlines()
-    assert 'picture (3, 32, 32), a (16, 128), ' in shapes and f'({len(rows)}, 9)' in shapes
+    caption, shapes, more, _, *rows = out.splitlines()
+    assert 'picture (3, 32, 32), a (16, 128), ' in shapes and f'({len(rows)}, 9)' in more
     assert [row.split()[0] for row in rows] == [*caption.split()[1:], '<end>'][:len(rows)]
     log_prob, weights = 0, []
     for t, row in enumerate(rows):
@@ -1574,7 +1555,7 @@ def test_explain_tells_the_numbers_of_the_beam_search(sampled, model):
             assert best.alphas[t].argmax() == 4 * row + column
         assert numbers[:-3] == pytest.approx(weights, abs=0.0051) and numbers[-3] >= p
     assert log_prob == pytest.approx(best.log_prob, abs=0.2)
-    assert not re.search('<unk>|<pad>|<start>', out) and ('beta' in head) == (model != 'none')
+    assert not re.search('<pad>|<start>', caption)
 
 
 @pytest.mark.parametrize('word, drawn', [
@@ -1587,19 +1568,28 @@ def test_what_pillows_font_lacks_is_drawn_as_plain_letters(word, drawn):
     assert sheets[0] == sheets[1] != sheets[2]
 
 
-def test_a_drawing_has_a_panel_for_each_word_lit_where_it_looked():
+def test_a_drawing_has_a_panel_for_each_word():
     image, alphas, heights = Image.new('RGB', (60, 30), 'red'), np.tile([1.0, 0, 0, 0], (13, 1)), []
     for T in 0, 5, 6, 11, 12:  # and one for the image itself: 1, 1, 2, 2, 3 rows of six
-        sheet = draw_attention(image, ['dog'] * T, alphas, np.ones(13), (2, 2))
+        sheet = draw_attention(image, ['dog'] * T, alphas, (2, 2))
         heights.append(sheet.height)
     assert 6 * PANEL < sheet.width < 7 * PANEL
     steps = np.diff(heights).tolist()
     assert steps == [0, steps[1], 0, steps[1]] and steps[1] > PANEL / 2
-    lit = np.asarray(sheet)[66, 236 + np.array([PANEL // 4, 3 * PANEL // 4]), 0]
-    assert lit[0] > 200 and lit[1] < 100  # the first word's panel, left and right
-    weights = attention_map(np.eye(24)[8], (4, 6), (224, 224))  # it looks at the cell 1,2
-    y, x = np.unravel_index(weights.argmax(), weights.shape)
-    assert abs(y - 84) < 6 and abs(x - 93) < 6 and weights.max() == 1 and weights[-1, -1] < 0.1
+
+
+def test_a_look_keeps_the_colours_of_the_smallest_region_with_half_of_the_weight():
+    image, alpha = Image.new('RGB', (240, 160), (200, 100, 0)), np.full(24, 0.01)
+    alpha[8] = 0.77  # the cell 1,2 of 4 x 6
+    look, share = draw_look(image, alpha, (4, 6))
+    pixels = np.asarray(look).astype(int)
+    assert (pixels[60, 100] == (200, 100, 0)).all() and (pixels[150, 10] < 50).all()
+    assert 0.3 / 24 < share < 1.5 / 24
+    line = np.argwhere((pixels == (255, 210, 0)).all(axis=2))
+    centre, size = line.mean(axis=0), np.ptp(line, axis=0)
+    assert np.abs(centre - (60, 100)).max() < 1.5 and (size < 50).all() and (size > 20).all()
+    even, share = draw_look(image, np.full(24, 1 / 24), (4, 6))
+    assert share == pytest.approx(0.5, abs=0.01) and np.asarray(even).std(axis=(0, 1)).max() < 1
 
 
 def test_the_readmes_map_names_what_is_there():

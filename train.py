@@ -30,14 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, score, tokenize
-from data import END, START, UNK, UserError, Vocabulary, as_path, in_one_line, progress
-from data import cache_images, length_batches, load_captions, pointing, run_command
+from data import END, START, UserError, Vocabulary, as_path, cache_images, in_one_line
+from data import length_batches, load_captions, pointing, run_command
 from model import Captioner, CaptionerConfig, Encoder, checkpoint_in, load_checkpoint, pick_device
 from model import read_checkpoint, save_checkpoint
 
 
 # ----------------------------------------------------------------------------------------- settings
-def setting(default, text, choices=None, least=None, most=1e9):
+def setting(default, text, choices=None, least=None, most=1e4):
     """A field of Settings: its default, its help, and what it may be."""
     options = {'help': f'{text} [{default}]'}
     if least is None:
@@ -90,19 +90,18 @@ class Settings:
     warm_up: int = setting(2, 'hard: epochs of soft attention before sampling begins', least=0)
     hard_decode: str = setting('expected', 'hard: context in captioning', ('argmax', 'expected'))
     # training
-    optimizer: str = setting('adam', 'paper: rmsprop for Flickr8k, else adam', ('adam', 'rmsprop'))
-    lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine')
-    encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned')
+    lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine', most=1)
+    encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned', most=1)
     batch_size: int = setting(64, 'captions in a batch')
     epochs: int = setting(5, 'epochs at most')
     clip: float = setting(5.0, 'largest norm of the gradient, of decoder and CNN each')
-    seed: int = setting(0, 'seed of weights, dropout, batches and samples', least=0)
+    seed: int = setting(0, 'seed of weights, dropout, batches, samples', least=0, most=1e9)
     amp: bool = setting(False, 'multiply in bfloat16 where that is safe (torch.autocast)')
     compile: bool = setting(False, 'compile the step of the decoder (torch.compile)')
     device: str = setting('', 'cpu, cuda or mps (default: the best there is)')
     # captioning
     beam: int = setting(5, 'beam size in validation and test')
-    length_penalty: float = setting(0.7, 'captions are ordered by log p / length ** this')
+    length_penalty: float = setting(0.7, 'captions are ordered by log p / length ** this', most=10)
     max_len: int = setting(30, 'most words in a caption')
 
 
@@ -114,13 +113,14 @@ SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # new ones, on photographs
 # These settings are fixed by a checkpoint, and RUN's by a run that is resumed.
 MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
          'input_dropout min_count').split()
-RUN = MODEL + ['data', 'optimizer', 'batch_size', 'seed', 'init_from']
+RUN = MODEL + ['data', 'batch_size', 'seed', 'init_from']
 
 
 def parse_settings():
-    """The command line -> Settings, resume, evaluate (a run, or ''), split, path, checkpoint.
+    """The command line -> Settings, checkpoint, folder, split.
 
-    path and checkpoint are what --resume, --eval or --init-from name, or None.
+    checkpoint: what --resume, --eval or --init-from names, read, or None. folder: that of the run
+    to resume or to score, or None. split: what --eval scores, None in training.
     """
     parser = argparse.ArgumentParser(
         usage='train.py [--setting VALUE ..]   (-h lists them)', argument_default=argparse.SUPPRESS,
@@ -128,55 +128,51 @@ def parse_settings():
     for f in fields(Settings):
         parser.add_argument('--' + f.name.replace('_', '-'), **f.metadata)
     either = parser.add_mutually_exclusive_group()
-    either.add_argument('--resume', metavar='RUN', help='folder of a run to go on with')
-    either.add_argument('--eval', metavar='RUN', help='folder of a run (or checkpoint) to score')
+    either.add_argument('--resume', type=as_path, help='folder of a run to go on with')
+    either.add_argument('--eval', type=as_path, help='folder of a run (or checkpoint) to score')
     parser.add_argument('--split', choices=('train', 'val', 'test', 'unseen'),
                         help='split that --eval scores [test]')
     given = vars(parser.parse_args())  # the flags that were given, and no defaults
-    if '' in (given.get('resume'), given.get('eval')):
-        parser.error('--resume and --eval need the name of a run')
-    resume, evaluate = given.pop('resume', ''), given.pop('eval', '')
-    if 'split' in given and not evaluate:
-        parser.error('--split goes with --eval alone')
-    split = given.pop('split', 'test')
+    resume, evaluate = given.pop('resume', None), given.pop('eval', None)
+    split = given.pop('split', 'test') if evaluate else None
 
-    # Later updates win: defaults, the data set's, the checkpoint's, the command line.
-    settings = asdict(Settings())
-    if given.get('data', 'shapes') == 'shapes':
-        settings.update(SHAPES_DEFAULTS)
-    elif given.get('attn') == 'none':
-        settings.update(SHOW_AND_TELL_DEFAULTS)
-    path = checkpoint = None
+    checkpoint, folder, saved = None, None, {}
     if resume or evaluate or 'init_from' in given:
         if resume:
-            path = as_path(resume) / 'last.pt'
+            path = resume / 'last.pt'
         else:
             path = checkpoint_in(evaluate or given['init_from'])
         checkpoint = read_checkpoint(path)
         saved = checkpoint['settings']
-        fixed = RUN if resume else MODEL
-        for name in fixed:
+        for name in RUN if resume else MODEL:
             if name in given and given[name] != saved[name]:
-                flag = name.replace('_', '-')
-                raise UserError(f'--{flag} is {saved[name]} in {path}: leave it out')
-        taken = settings if resume or evaluate else MODEL
-        settings.update({name: saved[name] for name in taken if name in saved})
-    settings.update(given)
-    cfg = Settings(**settings)
+                raise UserError(f'{name} is {saved[name]} in {path} and stays so: leave it out')
+        if resume or evaluate:
+            folder = path.parent
+        else:
+            saved = {name: saved[name] for name in MODEL}
+
+    # Later updates win: defaults, the data set's, the checkpoint's, the command line.
+    settings = asdict(Settings())
+    chosen = {**saved, **given}
+    if chosen.get('data', 'shapes') == 'shapes':
+        settings.update(SHAPES_DEFAULTS)
+    elif chosen.get('attn') == 'none':
+        settings.update(SHOW_AND_TELL_DEFAULTS)
+    settings.update(chosen)
+    cfg = Settings(**{name: settings[name] for name in asdict(Settings())})
     if cfg.attn == 'hard' and cfg.warm_up >= cfg.epochs and not evaluate:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
-    return cfg, resume, evaluate, split, path, checkpoint
+    return cfg, checkpoint, folder, split
 
 
 # ----------------------------------------------------------------------------------------- the loss
-def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=None):
+def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=0.5):
     """Loss of a batch (mean over its captions) and numbers for the log, tensors on a's device.
 
     a (B, L, D), captions (B, T+1). Soft: -log p(y) + lambda_ds * eq. (14). Hard: eq. (12), where
-    the share `expected` (cfg.expected) of the captions takes the expectation and samples nothing.
+    the share `expected` of the captions takes the expectation and samples nothing.
     """
-    if expected is None:
-        expected = cfg.expected
     targets, sampled = captions[:, 1:], None  # (B, T)
     T = targets.shape[1]
     if cfg.attn == 'hard':
@@ -210,7 +206,7 @@ def caption_images(model, examples, images, cfg):
     encoder.eval()
     found, references, hypotheses, hits = [], [], [], []
     for batch in images.split(25):
-        batch = batch.to(encoder.mean.device)
+        batch = batch.to(captioner.E.weight.device)
         with torch.no_grad():
             a = (encoder(batch) if encoder.trainable else batch).float()  # (B, L, D)
         for hypotheses_of_image in captioner.beam_search(a, cfg.beam, cfg.max_len,
@@ -233,10 +229,9 @@ def report(model, cfg, split, examples, images, folder):
     print(f'\n{cfg.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {cfg.beam}, '
           f'length penalty {cfg.length_penalty}')
     scores = score(references, hypotheses) + [share]
-    print(f'{"":32}       B1       B2       B3       B4   METEOR pointing')
+    print('                                   B1        B2        B3        B4    METEOR  pointing')
     cells = ['        -' if x is None else f'{x:9.2f}' for x in scores]
-    label = f'this model ({cfg.attn} attention)'
-    print(f'{label:32}' + ''.join(cells))
+    print(f'this model (attention: {cfg.attn})    ', *cells)
     print('BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
           f"{bleu(references, hypotheses)[3]:.2f}. METEOR is NLTK's, with METEOR 1.5's parameters.")
     results, captions = [], {}
@@ -258,13 +253,12 @@ def join_ranks(name):
     if WORLD == 1:
         return pick_device(name)
     if name != 'cpu' and torch.cuda.is_available():
-        if int(environment['LOCAL_WORLD_SIZE']) > torch.cuda.device_count():
-            raise UserError(f'there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node')
         name = f'cuda:{environment["LOCAL_RANK"]}'
-        torch.cuda.set_device(name)
-    device = pick_device(name or 'cpu')
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                            timeout=timedelta(days=1))  # rank 0 may compute features for hours
+    device, backend = pick_device(name or 'cpu'), 'gloo'
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        backend = 'cpu:gloo,cuda:nccl'
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # features may take hours
     if RANK:  # one is enough to print
         sys.stdout = open(os.devnull, 'w')
     return device
@@ -273,7 +267,8 @@ def join_ranks(name):
 def wait():
     """Until all ranks are here."""
     if WORLD > 1:
-        dist.barrier()
+        with in_one_line(f'process {RANK} cannot go on', 'another one says why'):
+            dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -283,13 +278,10 @@ def build(cfg, examples, device):
     captions = [tokenize(caption) for example in examples for caption in example.captions]
     min_count = cfg.min_count or (4 if len(captions) >= 10000 else 1)
     vocabulary = Vocabulary.build(captions, min_count=min_count)
-    if not vocabulary.words:
-        raise UserError(f'no word occurs {min_count} times in training captions: lower --min-count')
-    encoder = Encoder(cfg.encoder, cfg.image_size, cfg.finetune or cfg.encoder == 'tiny',
-                      device=device, batch=32)
-    names = [f.name for f in fields(CaptionerConfig)][2:]  # all but the two sizes that data have
-    config = CaptionerConfig(len(vocabulary), encoder.feature_dim,
-                             **{name: getattr(cfg, name) for name in names})
+    encoder = Encoder(cfg.encoder, cfg.image_size, cfg.finetune, device=device, batch=32)
+    config = CaptionerConfig(len(vocabulary), encoder.feature_dim, cfg.attn, cfg.score, cfg.cell,
+                             cfg.embed_dim, cfg.hidden_dim, cfg.attn_dim, cfg.dropout,
+                             cfg.hard_decode, cfg.input_dropout)
     return Captioner(config).to(device), encoder, vocabulary
 
 
@@ -300,10 +292,8 @@ def training_captions(cfg, examples, vocabulary):
         for caption in example.captions:
             ids.append([START, *vocabulary.encode(tokenize(caption)), END])
             image_of.append(i)
-    said = np.concatenate(ids)
-    said = said[said > END]  # words and <unk>
     print(f'{cfg.data}: {len(examples)} training images, {len(ids)} captions, {len(vocabulary)} '
-          f'words ({100 * np.mean(said != UNK):.1f} % of what is said)')
+          'words')
     longer = sum(len(caption) - 2 > cfg.max_len for caption in ids)
     if longer:
         print(f'{longer} of these captions are longer than --max-len, which ends what the model '
@@ -311,14 +301,12 @@ def training_captions(cfg, examples, vocabulary):
     return ids, torch.tensor(image_of)
 
 
-def make_optimizer(model, cfg):
-    """Adam or RMSprop with two groups of weights: the captioner's and the encoder's."""
+def make_optimizer(model):
+    """Adam with two groups of weights: the captioner's and the encoder's."""
     captioner, encoder, _ = model
     groups = []
     for module in captioner, encoder:
         groups.append({'params': [p for p in module.parameters() if p.requires_grad]})
-    if cfg.optimizer == 'rmsprop':
-        return torch.optim.RMSprop(groups)
     return torch.optim.Adam(groups, fused=True)  # all weights in one pass
 
 
@@ -337,17 +325,13 @@ def train(cfg, device, model, folder, run, splits, images):
     run: what has been reached (see train_and_test): epoch, step, best score, sums for the log.
     """
     captioner, encoder, vocabulary = model
-    ids, image_of = training_captions(cfg, splits['train'], vocabulary)
-    lengths = np.array([len(caption) for caption in ids])
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(model)
     if run.optimizer:  # --resume
         optimizer.load_state_dict(run.optimizer)
-    if cfg.compile:
-        captioner.step = compiled(captioner.step, device)
     decoder, cnn = captioner, encoder
     if WORLD > 1:
-        rnn = cfg.cell == 'rnn'  # it does not use f_init_c
-        decoder = DistributedDataParallel(captioner, find_unused_parameters=rnn)
+        decoder = DistributedDataParallel(  # the RNN does not use f_init_c
+            captioner, find_unused_parameters=cfg.cell == 'rnn')
         cnn = DistributedDataParallel(encoder) if encoder.trainable else encoder
 
     def save_last():
@@ -362,6 +346,8 @@ def train(cfg, device, model, folder, run, splits, images):
 
     saved_at = save_last()  # a run can be resumed from its first moment on
     print(f'run: {folder}')
+    ids, image_of = training_captions(cfg, splits['train'], vocabulary)
+    lengths = np.array([len(caption) for caption in ids])
     while run.epoch < cfg.epochs:
         epoch, first, began = run.epoch, run.step, time.time()
         rng = np.random.default_rng((cfg.seed, epoch))
@@ -398,8 +384,8 @@ def train(cfg, device, model, folder, run, splits, images):
                 run.totals[name] = run.totals.get(name, 0) + value
             if cfg.attn == 'hard':  # b_k = 0.9 b_{k-1} + 0.1 log p(y | s_k, a), paper 4.1
                 run.baseline = 0.9 * run.baseline + 0.1 * numbers['reward']  # each rank's own
-            if step % 50 == 49:
-                progress(f'epoch {epoch + 1}  {step + 1}/{len(batches)}  loss {loss.item():.2f}')
+            if step % 200 == 199:
+                print(f'    step {step + 1} of {len(batches)}, loss {loss.item():.2f}')
             if time.time() - saved_at > 120:
                 saved_at = save_last()
 
@@ -426,17 +412,20 @@ def validate(model, cfg, examples, images, folder, run, row):
     print(f'    {" ".join(hypotheses[0])}   [{" ".join(references[0][0])}]')
     # Hard attention's best is one of the epochs that sample: the first of them replaces all before.
     if row['val BLEU-4'] > run.best or (cfg.attn == 'hard' and run.epoch == cfg.warm_up):
-        run.best, run.best_epoch = row['val BLEU-4'], run.epoch
+        run.best = row['val BLEU-4']
         save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
 
 
 # --------------------------------------------------------------------------------- the two programs
-def prepare(cfg, device, wanted, checkpoint):
-    """Data, model (a new one, or the checkpoint's) and images -> splits, model, images."""
-    if RANK:  # wait until rank 0 has downloaded and computed
+def prepare(cfg, device, checkpoint, needed, more=()):
+    """Data, model (a new one, or the checkpoint's) and images -> splits, model, images.
+
+    Splits in `needed` must be there; those in `more` come along if they are.
+    """
+    if RANK:  # rank 0 goes first: it downloads, and computes what the others then read
         wait()
-    splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, wanted)
-    for split in wanted[:2]:  # train and val, or the split to score
+    splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, (*needed, *more))
+    for split in needed:
         if split not in splits:
             raise UserError(f'{cfg.data} has no images with captions for {split}: add some; '
                             'three images are the least')
@@ -451,31 +440,32 @@ def prepare(cfg, device, wanted, checkpoint):
     for split, examples in splits.items():
         images[split] = cache_images(examples, encoder.image_size, cfg.cache_dir, encoder.key,
                                      encode)
-    if not RANK:  # let the others go on
+    if RANK == 0:  # now the others
         wait()
     return splits, model, images
 
 
 def new_folder(out, name):
     """Make a folder for a run, out/NAME or with a number after it: no two runs share one."""
-    as_path(out).mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = as_path(out) / (name if number == 1 else f'{name}-{number}')
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
+    with in_one_line(f'cannot make a folder in {out}', 'name another with --out'):
+        as_path(out).mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = as_path(out) / (name if number == 1 else f'{name}-{number}')
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
 
 
-def train_and_test(cfg, device, head, path, checkpoint):
-    """Train a new run, or go on with one, and report its best model -> its folder."""
-    splits, model, images = prepare(cfg, device, ('train', 'val', 'test', 'unseen'), checkpoint)
-    head.append(f'# settings: {cfg}')
-    print(head[-1])
-    run = SimpleNamespace(epoch=0, step=0, best=-1.0, best_epoch=-1, baseline=torch.zeros(()),
+def train_and_test(cfg, device, head, checkpoint, folder):
+    """Train a new run, or go on with the one in `folder`, and report its best model."""
+    splits, model, images = prepare(cfg, device, checkpoint, ('train', 'val'), ('test', 'unseen'))
+    captioner, _, _ = model
+    if cfg.compile:
+        captioner.step = compiled(captioner.step, device)
+    # What has been reached; --resume restores it.
+    run = SimpleNamespace(epoch=0, step=0, best=-1.0, baseline=torch.zeros(()),
                           totals={}, log=head, optimizer=None)
-    folder = None
-    if path:  # --resume
-        folder = path.parent
+    if folder:  # --resume
         vars(run).update(checkpoint['training'])
     elif RANK == 0:
         folder = new_folder(cfg.out, cfg.name or f'{Path(cfg.data).name}-{cfg.attn}')
@@ -483,34 +473,29 @@ def train_and_test(cfg, device, head, path, checkpoint):
     try:
         train(cfg, device, model, folder, run, splits, images)
     except KeyboardInterrupt:
-        if RANK or not (folder / 'last.pt').exists():
-            raise
         hint = f'; go on with: python "{sys.argv[0]}" --resume "{folder}"'
-        raise KeyboardInterrupt(hint) from None
+        raise KeyboardInterrupt(hint if RANK == 0 else '') from None
     if RANK == 0:
         *model, _ = load_checkpoint(folder / 'best.pt', device)
-        print(f'best epoch: {run.best_epoch + 1}')
         for split in 'test', 'unseen':
             if split in splits:
                 report(model, cfg, split, splits[split], images[split], folder)
-    return folder
+        sample = Path(sys.argv[0]).with_name('sample.py')
+        print(f'\ncaption images with it: python "{sample}" img.jpg --checkpoint "{folder}"')
 
 
 def main():
-    cfg, resume, evaluate, split, path, checkpoint = parse_settings()
+    cfg, checkpoint, folder, split = parse_settings()
     device = join_ranks(cfg.device)
-    torch.backends.cuda.matmul.allow_tf32 = True  # faster products, a little less exact
     head = [f'# command: {" ".join(sys.argv)}',
-            f'# torch {torch.__version__}, {WORLD} x {device}']
+            f'# torch {torch.__version__}, {WORLD} x {device}', f'# settings: {cfg}']
     print(*head, sep='\n')
-    if evaluate:
-        splits, model, images = prepare(cfg, device, (split,), checkpoint)
+    if split:
+        splits, model, images = prepare(cfg, device, checkpoint, (split,))
         if RANK == 0:
-            report(model, cfg, split, splits[split], images[split], path.parent)
+            report(model, cfg, split, splits[split], images[split], folder)
     else:
-        path = train_and_test(cfg, device, head, path if resume else None, checkpoint)
-    sample = Path(sys.argv[0]).with_name('sample.py')
-    print(f'\ncaption images with it: python "{sample}" img.jpg --checkpoint "{path}"')
+        train_and_test(cfg, device, head, checkpoint, folder)
     wait()
     if WORLD > 1:
         gc.collect()  # else gloo may free a tensor while Python ends, and abort
