@@ -2,8 +2,7 @@
 
     python -m pytest -q test_model.py
 
-Comparisons are with torch's own cells, NLTK, coco-caption's output, sums over all possibilities,
-and test_golden.npz: numbers from the authors' own Theano program (float32; theirs are row vectors,
+test_golden.npz has numbers from the authors' own Theano program (float32; theirs are row vectors,
 gates in the order i, f, o, g, word 0 is <eos>, and the first word's vector is zero).
 """
 import csv
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
@@ -44,14 +44,15 @@ from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close as close
 
+import bleu_meteor
 import data
 import train
 from attention import DotAttention, doubly_stochastic, entropy, hard_context, reinforce_loss
 from attention import soft_context
 from bleu_meteor import bleu, meteor, tokenize
 from data import END, PAD, START, UNK, UserError, Vocabulary
-from model import Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, checkpoint_in
-from model import load_checkpoint, save_checkpoint
+from model import Captioner, CaptionerConfig, Encoder, LSTMCell, RNNCell, load_checkpoint
+from model import save_checkpoint
 from sample import PANEL, draw_attention, draw_look, drawable
 from train import Settings, batch_loss
 
@@ -87,17 +88,6 @@ def tiny_captioner(V=9, D=5, scale=3.0, **config):
     for weight in captioner.parameters():
         weight.data.mul_(scale)
     return captioner
-
-
-def same(one, other):
-    """Whether two nested values are equal to the bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        one, other = list(one.items()), list(other.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 # ------------------------------------------------------------------------------------ attention
@@ -432,19 +422,12 @@ def test_a_checkpoint_that_is_held_open_is_written_later_or_stays(tmp_path, monk
     assert load_checkpoint(path)[3] == {'run': 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_runs_folder_means_its_best_checkpoint_or_else_its_last(tmp_path):
-    for name in 'last.pt', 'best.pt':  # in the order in which training writes them
-        (tmp_path / name).touch()
-        assert checkpoint_in(tmp_path) == checkpoint_in(tmp_path / name) == tmp_path / name
-
-
 # ------------------------------------------------------------------------------- train: the step
 @every_rung
 @pytest.mark.parametrize('trainable, device, dtype', [
     (True, 'meta', torch.float32), (False, 'cuda', torch.float32), (True, 'cuda', torch.bfloat16)])
 def test_no_tensor_is_left_on_the_cpu(monkeypatch, attn, score, cell, trainable, device, dtype):
-    """Without a GPU: fake tensors have no values, and operations check their devices. Training asks
-    for no value, such as .item(), which would wait for the GPU."""
+    """Fake tensors have devices and no values, and training asks for none: a GPU would wait."""
     monkeypatch.setattr('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)
     monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda: True)
     encoder = Encoder('tiny', 32, trainable)
@@ -504,23 +487,6 @@ def test_every_rung_learns_a_batch_by_heart(attn, score, cell):
     assert [best.tokens for best, *_ in found] == captions[:, 1:].tolist()
 
 
-@on_every_device
-def test_a_compiled_step_is_one_graph_and_computes_the_same():
-    """Traced and differentiated by the compiler, but run as it is: that takes no C++ compiler."""
-    captioner = tiny_captioner(attn='hard', dropout=0.0).train()
-    a, captions = torch.randn(6, 4, 5), torch.randint(9, (6, 5))
-
-    def loss_and_gradients():
-        torch.manual_seed(0)  # of the samples
-        loss, _ = batch_loss(captioner, a, captions, Settings(attn='hard'))
-        return loss, torch.autograd.grad(loss, list(captioner.parameters()))
-    plain = loss_and_gradients()
-    torch._dynamo.reset()
-    captioner.step = torch.compile(captioner.step, backend='aot_eager', fullgraph=True)
-    close(loss_and_gradients(), plain, atol=1e-4, rtol=1e-4)
-    assert not torch._dynamo.utils.counters['graph_break']
-
-
 # --------------------------------------------------------------- data: shapes, words, batches
 # A regular polygon in a circle of radius 1: width, area.
 POLYGONS = {'circle': (2, math.pi), 'square': (2 ** 0.5, 2), 'triangle': (3 ** 0.5, 27 ** 0.5 / 4),
@@ -570,10 +536,6 @@ def test_shapes_captions_tell_the_truth():
             for relation, (axis, sign) in RELATIONS.items():
                 if relation in after[0]:
                     assert sign * places[0][axis] < sign * places[1][axis], caption
-            if after[-1]:
-                x, y = places[-1]
-                told = [word in after[-1] for word in ('left', 'right', 'top', 'bottom')]
-                assert told == [x == 0, x == 2, y == 0, y == 2], caption
 
 
 def test_pointing_tells_whether_the_cell_is_in_the_named_object():
@@ -738,34 +700,28 @@ def test_lists_make_the_splits_and_what_they_lack_is_drawn(mine, capsys):
     assert len(splits['train']) == 2 and 'test is drawn' not in out
 
 
-def test_more_pictures_never_move_one_from_training_to_validation_or_test(tmp_path):
+def test_more_pictures_never_move_one_from_training_to_validation_or_test():
     for seed in range(12):
-        rng, folder, lines, trained_on = random.Random(seed), tmp_path / str(seed), [], set()
-        for size in 1, 2, 3, 4, 6, 9, 20, 200:
-            while len(lines) < size:
-                name = f'{rng.random()}.jpg'
-                write(folder, {name: ''})
-                lines.append(f'{name},A dog')
-            write(folder, {'captions.txt': '\n'.join(lines)})
-            splits = names(load(folder))
-            assert trained_on.isdisjoint(splits['val'] + splits.get('test', []))
-            trained_on = set(splits.get('train', []))
-        assert 5 < len(splits['val']) < 40 and 5 < len(splits['test']) < 40  # about a tenth each
+        trained_on, names = set(), [f'{seed} {i}.jpg' for i in range(300)]
+        for size in 1, 2, 3, 4, 6, 9, 20, 300:
+            split_of = dict.fromkeys(names[:size], 'train')
+            data.draw_missing(split_of)
+            assert all(split_of[name] == 'train' for name in trained_on)
+            counts = Counter(split_of.values())
+            trained_on = {name for name in split_of if split_of[name] == 'train'}
+        assert 10 < counts['val'] < 60 and 10 < counts['test'] < 60  # about a tenth each
 
 
 def test_nothing_is_fetched_while_a_folder_holds_any_file_of_the_user(tmp_path, monkeypatch):
-    fetched, folder = [], tmp_path / 'coco'
-    monkeypatch.setattr(data, 'download', lambda *wanted: fetched.append(wanted))
-    write(folder, {'captions.txt': 'a.bmp,Ein Hund'})
-    with pytest.raises(UserError, match='coco has no image a.bmp'):
-        load(folder)
-    make_pictures(folder, ['a.bmp'])
-    assert said(load(folder)) == {'a.bmp': ['Ein Hund']} and not fetched
-    shutil.rmtree(folder)
-    write(folder, {'.DS_Store': ''})  # it is not the user's
+    monkeypatch.setattr(data, 'download', Mock())
+    write(tmp_path / 'coco', {'.DS_Store': ''})  # it is not the user's
     with pytest.raises(UserError):
-        load(folder)
-    assert fetched == [('coco', folder)]
+        load(tmp_path / 'coco')
+    data.download.assert_called_once_with('coco', tmp_path / 'coco')
+    write(tmp_path / 'coco', {'train2014.zip-mine.txt': '', 'captions.txt': 'a.bmp,Ein Hund'})
+    with pytest.raises(UserError, match='coco has no image a.bmp'):
+        load(tmp_path / 'coco')
+    data.download.assert_called_once()
 
 
 @pytest.mark.parametrize('year, start', [('2014', 0), ('2017', -16)])
@@ -814,32 +770,24 @@ def test_what_systems_leave_behind_is_no_file_of_a_data_set(tmp_path):
 
 
 def test_a_folder_that_may_not_be_read_is_not_an_empty_one(mine, monkeypatch):
-    real = os.scandir
-
-    def refuse(path):  # as for a user who is not root
-        if Path(path).name == 'deeper':
-            raise PermissionError(13, 'Permission denied', str(path))
-        return real(path)
-    monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(PermissionError, match='deeper'):
+    refused = PermissionError(13, 'Permission denied')  # to a user who is not root
+    monkeypatch.setattr(os, 'scandir', Mock(side_effect=refused))
+    with pytest.raises(PermissionError):
         load(mine)
 
 
 BAD_LINES = {  # of a table
     'no mark': 'red.jpg A dog', 'no ending': 'red,A dog', 'another order': 'A dog,red.jpg',
-    'two captions': 'red.jpg,"A dog","A cat"', 'two lines': 'red.jpg,"A dog\nruns."', 'nothing': 'red.jpg,',
-    'a list': 'red.jpg,"[""A dog"", ""A cat""]"', "Python's list": "red.jpg,['A dog', 'A cat']",
-    'a long line': 'x' * 300_000}
+    'two captions': 'red.jpg,"A dog","A cat"', 'two lines': 'red.jpg,"A dog\nruns."',
+    'nothing': 'red.jpg,', 'a list': 'red.jpg,"[""A dog"", ""A cat""]"',
+    "Python's list": "red.jpg,['A dog', 'A cat']", 'a long line': 'x' * 300_000}
 LISTED = LINES + 'no.jpg,A dog'
 BAD_PARTS = {  # files, of which a part is bad: what is said of it
     'no image': ({'captions.txt': LISTED, 'train.txt': 'no.jpg\nred.jpg', 'test.txt': 'grey.tif',
                   'val.txt': 'blue.webp'}, 'mine has no image no.jpg'),
     'no caption': ({'captions.txt': LINES, 'val.txt': 'x.jpg\nred.jpg', 'train.txt': 'grey.tif'},
                    'val.txt lists x.jpg, which has no caption'),
-    'blank': ({'captions.txt': 'red.jpg, ""\ngrey.tif,A dog'}, 'an empty caption of red.jpg'),
-    'no words': ({'dataset_x.json': '{"images": [{"filename": "red.jpg", "split": "train", '
-                                    '"sentences": [{"raw": 5}, {"raw": "A dog"}]}]}'},
-                 'an empty caption of red.jpg')}
+    'blank': ({'captions.txt': 'red.jpg, ""\ngrey.tif,A dog'}, 'an empty caption of red.jpg')}
 for fault, line in BAD_LINES.items():
     BAD_PARTS[fault] = {'captions.txt': LINES + line}, 'captions.txt, line [56], is .*a.jpg,A dog'
 BAD_FILES = {
@@ -925,11 +873,8 @@ def test_every_kind_of_image_becomes_rgb_and_what_is_clear_white(tmp_path, name)
     picture.convert(name.split('.')[0]).save(tmp_path / name)
     opened = data.open_image(tmp_path / name)
     assert opened.mode == 'RGB'
-    inside, outside = (255, 102, 51), 0
-    if 'L' in name:
-        inside = 142
-    if 'A' in name:
-        outside = 255
+    inside = 142 if 'L' in name else (255, 102, 51)
+    outside = 255 if 'A' in name else 0
     assert np.abs(np.subtract(opened.getpixel((10, 10)), inside)).max() <= 3
     assert np.abs(np.subtract(opened.getpixel((50, 30)), outside)).max() <= 3
 
@@ -948,8 +893,6 @@ def test_pictures_come_out_upright_and_what_else_their_notes_say_is_ignored(tmp_
     picture.transpose(STORED[held]).save(path, exif=notes, quality=95)
     difference = np.subtract(data.open_image(path), np.asarray(picture), dtype=int)
     assert np.abs(difference).mean() < 4
-    picture.save(path, exif=b'Exif\0\0no notes at all')
-    assert data.open_image(path).size == picture.size
 
 
 def test_files_that_are_no_images_are_named(tmp_path):
@@ -979,7 +922,7 @@ def fail(images):
 def photos(tmp_path):
     """Three files, 20 times: more than one batch."""
     make_pictures(tmp_path, ['a.bmp', 'b.ppm', 'c.jpg'])
-    return 20 * [data.Example(tmp_path / name, [], (), name) for name in ('a.bmp', 'b.ppm', 'c.jpg')]
+    return 20 * [data.Example(tmp_path / name, [], (), '') for name in ('a.bmp', 'b.ppm', 'c.jpg')]
 
 
 def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(photos, tmp_path):
@@ -1000,7 +943,7 @@ def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(ph
         cache(photos, 32, label='mean', encode=fail)
     write(tmp_path, {'z.jpg': 'junk'})
     with pytest.raises(UserError, match='z.jpg cannot be read'):  # before any is encoded
-        cache([*photos, data.Example(tmp_path / 'z.jpg', [], (), 'z')], 32, label='mean', encode=fail)
+        cache([*photos, data.Example(tmp_path / 'z.jpg', [], (), '')], 32, label='m', encode=fail)
 
 
 @pytest.mark.parametrize('worst', [float('inf'), float('nan'), 70_000.0])
@@ -1012,21 +955,15 @@ def test_features_that_float16_cannot_hold_leave_nothing(photos, tmp_path, worst
     assert not values and not os.listdir(tmp_path / 'cache')
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='needs the /proc of Linux')
-def test_a_cache_gets_its_name_when_it_is_closed_as_windows_asks(photos, tmp_path, monkeypatch):
-    replace, renamed = os.replace, []
-
-    def in_use(path):
-        handles = map(os.path.realpath, Path('/proc/self/fd').iterdir())
-        return str(path) in handles or str(path) in Path('/proc/self/maps').read_text()
+@pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='needs the /proc of Linux')
+def test_a_file_gets_its_name_when_it_is_closed_as_windows_asks(photos, tmp_path, monkeypatch):
+    replace = os.replace
 
     def replace_as_windows(old, new):
-        assert not in_use(old)
-        renamed.append(new)
+        assert str(old) not in map(os.path.realpath, Path('/proc/self/fd').iterdir())
         replace(old, new)
     monkeypatch.setattr(os, 'replace', replace_as_windows)
-    features = data.cache_images(photos, 16, tmp_path / 'cache', 'mean', mean)
-    assert in_use(*renamed) and len(features) == 60  # they are mapped, not in memory
+    assert len(data.cache_images(photos, 16, tmp_path / 'cache', 'mean', mean)) == 60
 
 
 # ------------------------------------------------------------------------------- bleu_meteor
@@ -1045,16 +982,11 @@ CAPTIONS = [
      "the dogs bowls the girl 's caf\u00e9 na\u00efve dash en"),
     ('A 1.5 liter bottle, 3.5% fat.', 'a 1.5 liter bottle 3.5 % fat'),
     ('The T\u2011shirt, 2.0.1\u2026it is 1/2 or 1.5.', 'the t\u2011shirt 2.0.1 it is 1/2 or 1.5'),
-    ('1,000 men on 12/25/2010', '1,000 men on 12/25/2010'),
     ('un perro \u00bfcorre? \u00a1s\u00ed!', 'un perro \u00bf corre \u00a1 s\u00ed'),
     ('\u00abquoted\u00bb \u201cwords\u201d \u2018of\u2019 \u201ethe\u201c \u201asign\u2018',
      'quoted words of \u201e the \u201a sign'),
-    ('\u4f60\u597d\uff0c\u4e16\u754c\uff01', '\u4f60\u597d \uff0c \u4e16\u754c \uff01'),
     ('\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948\u0964',
      '\u0939\u093f\u0928\u094d\u0926\u0940 \u0939\u0948 \u0964'),
-    ('a dog runs\U0001f600 \U0001f44d\U0001f3fd', 'a dog runs'),
-    ('30\u00b0C and 3\u00d74', '30 \u00b0 c and 3 \u00d7 4'),
-    ('\u0438 \u0442.\u0434.', '\u0438 \u0442.\u0434'),
     ('\u0665\u066b\u0665 \u0661\u066c\u0660\u0660\u0660',
      '\u0665\u066b\u0665 \u0661\u066c\u0660\u0660\u0660')]
 
@@ -1122,23 +1054,18 @@ def run(script, *arguments, cwd=HERE, environment=ENVIRONMENT, **options):
                           capture_output=True, env=environment, timeout=300, **options)
 
 
-@pytest.mark.parametrize('place', ['', pytest.param(SHARED / 'nltk_data', marks=needs_shared)])
-def test_wordnet_is_fetched_once_and_else_meteor_left_out(tmp_path, place):
-    write(tmp_path, {'rows.json': ROWS})
-    code = f"""if True:
-        import bleu_meteor as b
-        def download(name, **options):
-            print('asked for', name)
-            b.nltk.data.path.append({str(place)!r})
-            open({str(place)!r})  # no file: an error, as without a network
-        b.nltk.download, b.nltk.data.path[:] = download, []
-        b.main(), b.main()"""
-    result = run('-c', code, *[tmp_path / 'rows.json'] * 2)
-    assert result.stdout.count('100.00 100.00 100.00') == 4, result.stderr
-    assert result.stdout.count('asked for wordnet') == result.stdout.count('fetching it') == 1
-    scores = result.stdout.count('METEOR by NLTK')
-    problems = re.findall("left out.*'wordnet' not found.*nltk.downloader", result.stdout)
-    assert (scores, len(problems)) == ((2, 0) if place else (0, 1))
+@pytest.mark.parametrize('fetched', [True, False])
+def test_wordnet_is_fetched_once_and_else_meteor_left_out(monkeypatch, capsys, fetched):
+    missing, nltk = LookupError('\n*****\n  Resource wordnet not found.\n'), Mock()
+    nltk.corpus.wordnet.synsets.side_effect = [missing, None if fetched else missing]
+    nltk.download.side_effect = OSError('no network')
+    monkeypatch.setattr('bleu_meteor.nltk', nltk)
+    bleu_meteor.get_wordnet.cache_clear()
+    assert [bleu_meteor.get_wordnet() for _ in range(3)] == 3 * [fetched]
+    nltk.download.assert_called_once_with('wordnet', quiet=True)
+    out = capsys.readouterr().out
+    assert ('(Resource wordnet not found.): get it with' in out) != fetched
+    bleu_meteor.get_wordnet.cache_clear()
 
 
 @pytest.fixture
@@ -1197,7 +1124,7 @@ def test_punctuation_counts_where_it_is_asked_for(score):
     ({'1': ['a', 'b'], '2': 'c'}, '1 .*(than one caption|several captions)'),
     ({'a/1': 'a', '1': 'b', '2': 'c'}, 'a/1'),
     ({'2': 'kids'}, '1 images, such as 1, .*results.json .1. and references.json .2.'),
-    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'results.json .0.')])
+    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'json .0.')])
 def test_results_that_do_not_fit_are_refused_in_a_line(score, results, message):
     references = {'1': ['a dog'], '2': ['kids']}
     status, out, err = score(results, references)
@@ -1205,18 +1132,15 @@ def test_results_that_do_not_fit_are_refused_in_a_line(score, results, message):
 
 
 # ------------------------------------------------------ train: the commands, as a user calls them
-def test_lines_reach_a_log_at_once_whatever_its_letters_are(tmp_path):
-    code = 'import data, os; data.run_command(lambda: print("caf\xe9") or os._exit(0))'
-    result = run('-c', code, environment=ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
-    assert result.stdout == 'caf\\xe9\n', result.stderr
-
-
 @pytest.mark.parametrize('stream', [None, io.StringIO()], ids=['closed', 'of a notebook'])
 def test_any_stdout_will_do(monkeypatch, stream):
     for name in 'stdout', 'stderr':
         monkeypatch.setattr(sys, name, stream)
     data.run_command(lambda: print('hello'))
     assert stream is None or stream.getvalue() == 'hello\n'
+    code = 'import data, os; data.run_command(lambda: print("caf\xe9") or os._exit(0))'
+    result = run('-c', code, environment=ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
+    assert result.stdout == 'caf\\xe9\n', result.stderr  # at once, whatever a log's letters are
 
 
 def test_who_has_read_enough_may_close_the_pipe():
@@ -1301,18 +1225,16 @@ def test_ctrl_c_ends_at_once_and_the_line_said_goes_on_to_the_same_weights(
 
 def assert_same_run(one, other):
     """All but names and speeds is the same: weights, optimiser, best score, position, log."""
-    contents, rows = [], []
+    contents = []
     for name in one, other:
         content = torch.load(f'runs/{name}/last.pt')
-        log = content['training'].pop('log')[3:]
-        speed = log[0].split(',').index('captions/s')
-        for row in log:
-            cells = row.split(',')
-            del cells[speed]
-            rows.append(cells)
+        titles, *rows = [line.split(',') for line in content['training'].pop('log')[3:]]
+        for row in rows:
+            del row[titles.index('captions/s')]
         del content['settings']['name']
-        contents.append(content)
-    assert same(*contents) and rows[:len(log)] == rows[len(log):]
+        contents.append(torch.utils._pytree.tree_leaves([content, rows]))
+    for x, y in zip(*contents, strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGKILL'), reason='Windows has no SIGKILL')
@@ -1349,27 +1271,6 @@ def test_runs_at_the_same_time_never_share_a_folder(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: train.new_folder(tmp_path, 'x'), range(40)))
     assert sorted(folders) == sorted(tmp_path.iterdir()) and len(set(folders)) == 40
-
-
-def test_shapes_are_what_is_learned_where_nothing_else_is_said(here, monkeypatch, command):
-    make, made = data.make_shapes, []
-    monkeypatch.setattr(data, 'make_shapes', lambda n, *rest: made.append(n) or make(20, *rest))
-    status, out, err = command('train.py', '--epochs', '1', '--device', 'cpu')
-    assert status == 0 and made == [7000, 200, 400, 400], err
-    for text in ('epochs=1,', 'batch_size=100', '20 training images, 100 captions', ' pointing ',
-                 'shapes test: 20 images', 'shapes unseen: 20 images'):  # flags win over the set's
-        assert text in out, text
-
-
-def test_an_encoder_is_frozen_or_trained_and_its_features_are_not_the_others_pixels(here, command):
-    export(nn.Conv2d(3, 8, 8, 8), 'cnn.pt2')
-    before = Encoder('cnn.pt2', 32).state_dict()
-    flags = ['--attn', 'none', '--epochs', '1', '--encoder', 'cnn.pt2']
-    for flag, name in ('--no-finetune', 'flickr8k-none'), ('--finetune', 'flickr8k-none-2'):
-        status, _, err = command(*TRAIN, *flags, flag)
-        assert status == 0, err
-        after = load_checkpoint(f'runs/{name}/last.pt')[1].state_dict()
-        assert same(after, before) == (flag == '--no-finetune')
 
 
 def test_weights_that_are_no_numbers_stop_the_run_and_what_was_good_is_kept(
@@ -1443,11 +1344,6 @@ def test_numbers_that_no_setting_can_have_are_refused_in_two_lines(command):
     assert len(settings) > 15
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ('it ran',)
-
-
 FAULTS = {  # flags: what the one line says
     '--data flickr30k --data-dir nowhere': 'flickr30k has no captions.txt',
     '--resume runs/none': 'no whole checkpoint',
@@ -1464,12 +1360,12 @@ FAULTS = {  # flags: what the one line says
 @pytest.mark.parametrize('flags', FAULTS)
 def test_what_a_user_can_put_right_is_said_in_one_line(here, command, monkeypatch, flags):
     monkeypatch.setattr(torch, 'compile', lambda step: 1 / 0)
-    torch.save({'format': Code()}, 'code.pt')
+    torch.save({'format': os.getcwd}, 'code.pt')
     torch.save({'settings': {}}, 'other.pt')
     before = {path: path.read_bytes() for path in here.rglob('*') if path.is_file()}
     status, _, err = command(*TRAIN, *shlex.split(flags))
     assert status == 2 and re.fullmatch(f'error: .*{FAULTS[flags]}.*\n', err), err
-    assert before == {path: path.read_bytes() for path in before} and not Path('it ran').exists()
+    assert before == {path: path.read_bytes() for path in before}
 
 
 # --------------------------------------------------------------------------------- sample, README
@@ -1551,8 +1447,7 @@ def test_explain_tells_the_numbers_of_the_beam_search(sampled, model):
         log_prob += math.log(p)
         if model != 'none':
             weights = [best.betas[t], *np.sort(best.alphas[t])[:-4:-1]]
-            row, column = map(int, re.search(r' (\d),(\d)', row).groups())
-            assert best.alphas[t].argmax() == 4 * row + column
+            assert f' {best.alphas[t].argmax() // 4},{best.alphas[t].argmax() % 4} ' in row
         assert numbers[:-3] == pytest.approx(weights, abs=0.0051) and numbers[-3] >= p
     assert log_prob == pytest.approx(best.log_prob, abs=0.2)
     assert not re.search('<pad>|<start>', caption)
