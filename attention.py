@@ -79,7 +79,7 @@ def hard_context(alpha, a, s=None, sampled=None):
     Returns z (N, D) and log p(s) (N,).
     """
     if s is None:
-        # For E_i ~ Exp(1), the i with the largest alpha_i / E_i is j with probability alpha_j.
+        # With noise_i ~ Exp(1), argmax_i alpha_i / noise_i is location i with probability alpha_i.
         # torch.multinomial does the same but makes the CPU wait for the GPU. The clamp rules out
         # 0 / 0.
         noise = torch.empty_like(alpha).exponential_().clamp_min_(torch.finfo(alpha.dtype).tiny)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import nltk
 
-from data import UserError, in_one_line, run_command
+from data import UserError, as_user_error, run_command
 
 SYMBOLS = '&%$#@+=/*'  # coco-caption counts these as words
 INSIDE_WORDS = '\u058a\u2010\u2011\u066b\u066c'  # hyphens, and marks between Arabic digits
@@ -41,10 +41,12 @@ def split_chunk(chunk, punctuation):
     """A lower-case chunk without spaces -> its words; "cannot" -> ['can', 'not']."""
     for sign in set(chunk) - set(INSIDE_WORDS):
         if not sign.isascii() and unicodedata.category(sign)[0] not in 'LMN':
-            chunk = chunk.replace(sign, f' {sign} ')  # no letter, accent or number: a mark alone
-    # A full stop that ends a word stands alone too, but not those of u.s.
+            chunk = chunk.replace(sign, f' {sign} ')  # no letter (L), accent (M) or number (N)
+    # A full stop at the end of a word stands alone too, unless it follows a lone letter, as in
+    # u.s., or another stop. The space in front lets the first letter count as alone.
     chunk = re.sub(r'(?<![\s.][a-z])(?<!\.)\.(?=[^\w.]|$)', ' .', ' ' + chunk)
-    # NLTK always splits off the last stop of a text, even that of u.s.: it gets one more to split.
+    # NLTK always splits off the last stop of a text, even that of u.s.: it gets one more stop for
+    # that, which [:-1] drops.
     tokens = nltk.NLTKWordTokenizer().tokenize(chunk + ' .')[:-1]
     return [token for token in tokens if punctuation or is_word(token)]
 
@@ -100,19 +102,19 @@ def bleu(references, hypotheses, brevity_penalty=True):
 @functools.cache
 def get_wordnet():
     """Whether NLTK can read WordNet; where it is missing it is fetched."""
-    for is_fetched in False, True:
+    for is_fetched in False, True:  # before and after fetching
         try:
             nltk.corpus.wordnet.synsets('dog')  # NLTK opens its files only now
             return True
         except Exception as error:  # NLTK has no one error for that
-            reason = str(error.__context__ or error)  # its loader hides the first one, which tells
+            reason = str(error.__context__ or error)  # its loader fails twice: the first tells why
         if not is_fetched:
             print('METEOR needs WordNet: fetching it (10 MB)')
             with suppress(Exception):  # whatever keeps a network or a disk from it
                 nltk.download('wordnet', quiet=True)
     reason = reason.strip('\n *').split('\n')[0]  # NLTK puts it between lines of stars
     print(f'METEOR is left out, NLTK cannot read WordNet ({reason}): get it with "python -m '
-          'nltk.downloader wordnet", or set NLTK_DATA to the folder, no link, with corpora/')
+          'nltk.downloader wordnet", or set NLTK_DATA to the folder that holds corpora/, no link')
     return False
 
 
@@ -158,8 +160,8 @@ def caption_rows(content):
 def read_captions(path):
     """A JSON file of one of the forms above -> {image: captions}, or a UserError."""
     captions = defaultdict(list)
-    with in_one_line(f'{path} cannot be read', 'captions are [{"image_id": .., "caption": ..}, ..] '
-                     'or the like: -h says what the files hold'):
+    with as_user_error(f'{path} cannot be read', 'captions are [{"image_id": .., "caption": ..}, '
+                       '..] or the like: -h says what the files hold'):
         content = json.loads(Path(path).read_bytes())  # it tells UTF-8 from UTF-16 by itself
         for image, caption in caption_rows(content):
             captions[str(image)].append(caption.strip())  # some files have numbers, some text

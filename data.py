@@ -37,9 +37,8 @@ class UserError(Exception):
 
 
 @contextmanager
-def in_one_line(problem, remedy):
-    """Any error inside becomes a UserError: the problem, the library's words cut short, a remedy.
-    """
+def as_user_error(problem, remedy):
+    """Any error inside becomes a UserError: the problem, the error's words cut short, a remedy."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -55,7 +54,7 @@ def as_path(text):
 
 
 @contextmanager
-def whole_file(path, remedy):
+def write_whole(path, remedy):
     """A file to write bytes to; it gets the name `path` when it is whole.
 
     Where the disk or the folder refuses, nothing stays behind, and a UserError gives the remedy.
@@ -65,11 +64,11 @@ def whole_file(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, 'wb') as file:
             yield file
-        for seconds in 0.1, 0.5, 2:
-            with suppress(PermissionError):  # on Windows while another program holds the file
+        for seconds in 0.1, 0.5, 2:  # Windows refuses while another program holds the file
+            with suppress(PermissionError):
                 return os.replace(part, path)
             time.sleep(seconds)
-        os.replace(part, path)
+        os.replace(part, path)  # the last try, whose error counts
     except OSError as error:
         raise UserError(f'cannot write {path} ({error.strerror}): {remedy}') from None
     finally:
@@ -140,8 +139,8 @@ def open_image(source):
     """Path, file or pixels (rows, columns, 3) -> upright RGB picture, or a UserError."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with in_one_line(f'{source} cannot be read', 'check its name, convert it (HEIC, 16 bits of '
-                     'grey) to a JPEG, or leave it out (in training --skip-bad does)'):
+    with as_user_error(f'{source} cannot be read', 'check its name, convert it (HEIC, 16 bits of '
+                       'grey) to a JPEG, or leave it out (in training --skip-bad does)'):
         with Image.open(source) as image:
             image.load()
             with suppress(Exception):  # the camera's notes, which say what is up, may be broken
@@ -194,7 +193,7 @@ def cache_images(examples, size, cache_dir, label, encode=None):
         print(f'computing {cache} for {len(sources)} images')
         for _ in image_batches(sources, size):  # a broken image is found before hours of computing
             pass
-        with whole_file(cache, 'name another folder with --cache-dir') as file:
+        with write_whole(cache, 'name another folder with --cache-dir') as file:
             for batch in image_batches(sources, size, encode):
                 rows = batch.numpy()
                 if file.tell() == 0:  # an .npy file begins with the shape of the whole array
@@ -202,7 +201,7 @@ def cache_images(examples, size, cache_dir, label, encode=None):
                     header['shape'] = len(sources), *rows.shape[1:]
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(rows)  # np.save would need all of them in memory
-    with in_one_line(f'{cache} cannot be read', 'delete it, and it is computed anew'):
+    with as_user_error(f'{cache} cannot be read', 'delete it, and it is computed anew'):
         return torch.from_numpy(np.load(cache, mmap_mode='c'))  # torch warns of mode 'r'
 
 
@@ -316,7 +315,9 @@ DOWNLOADS = {
         (COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
 SPLITS = {'train': 'train', 'restval': 'train', 'val': 'val', 'dev': 'val', 'valid': 'val',
           'validation': 'val', 'test': 'test'}
-SPLIT_LIST = r'(.*[^a-z])?SPLIT(images)?\.txt'  # such as train.txt, Flickr_8k.trainImages.txt
+# The name of a list of images, such as train.txt or Flickr_8k.trainImages.txt, in small letters;
+# SPLIT stands for a word of SPLITS.
+SPLIT_LIST = r'(.*[^a-z])?SPLIT(images)?\.txt'
 # Patterns of the names of caption files: the first that fits any file is used.
 CAPTION_FILES = ('dataset_NAME.json', 'dataset_*.json', 'captions_*.json', 'flickr8k.token.txt',
                  'results_20130124.token', 'results.csv', 'captions.txt', 'captions.csv',
@@ -333,8 +334,8 @@ def download(name, folder):
         unpacked = Path(f'{archive}-unpacked')
         if unpacked.exists() and not archive.exists():  # complete: the archive is deleted last
             continue
-        with in_one_line(f'cannot get {address}', 'try again later, or get the file in another way '
-                         f'and put it into {folder}'):
+        with as_user_error(f'cannot get {address}', 'try again later, or get the file in another '
+                           f'way and put it into {folder}'):
             if not archive.exists():
                 print(f'downloading {address}')
                 torch.hub.download_url_to_file(address, str(archive))
@@ -379,16 +380,16 @@ def result_name(path):
 
 def read_text(path):
     """The text of a file in UTF-8, or a UserError."""
-    with in_one_line(f'{path} is not in UTF-8', 'save it so (in Excel as "CSV UTF-8", '
-                     'in PowerShell with "-Encoding utf8")'):
+    with as_user_error(f'{path} is not in UTF-8', 'save it so (in Excel as "CSV UTF-8", '
+                       'in PowerShell with "-Encoding utf8")'):
         return path.read_text('utf-8-sig')
 
 
 def read_json(path):
     """Karpathy's dataset_NAME.json or COCO's annotations -> rows (plain name, caption, split)."""
     rows, names = [], {}
-    with in_one_line(f"{path} is not whole, or not as Karpathy's and COCO's files are",
-                     'get it anew, or write a captions.txt instead'):
+    with as_user_error(f"{path} is not whole, or not as Karpathy's and COCO's files are",
+                       'get it anew, or write a captions.txt instead'):
         content = json.loads(read_text(path))
         for image in content['images']:
             name = plain(image.get('filename') or image['file_name'])
@@ -411,15 +412,17 @@ def read_row(line):
     if not row or not is_image(row[1]):
         return None
     image, caption = row[1], row[3]
-    number = re.match(r'\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d]))', caption)  # not that of "1,000 birds"
-    if number:  # the number of the caption has a column
+    # The caption's number may have a column: "0|A dog". In "1,000 birds" a digit follows the comma.
+    number = re.match(r'\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d]))', caption)
+    if number:
         caption = caption[number.end():]
     if re.fullmatch(r'"([^"]|"")*"', caption):
         caption = caption[1:-1].replace('""', '"')
     elif re.match(r'"([^"]|"")*"\s*[\t,;|]', caption):  # more columns
         return None
-    is_list = re.match(r'[\[({]\s*["\']', caption)
-    return None if is_list else (image, caption)
+    if re.match(r'[\[({]\s*["\']', caption):  # a list of captions: "['A dog', ..]"
+        return None
+    return image, caption
 
 
 def read_table(path, problems):
@@ -430,8 +433,8 @@ def read_table(path, problems):
     rows = []
     lines = read_text(path).split('\n')
     columns = re.split(MARK, lines[0])
-    if '.' not in columns[0]:  # a header, perhaps Flickr30k's
-        if len(columns) - ('comment_number' in columns) != 2:
+    if '.' not in columns[0]:  # a header; Flickr30k's has three columns, and comment_number is one
+        if len(columns) != 2 and 'comment_number' not in columns:
             raise UserError(f'{path} has the columns {lines[0]!r:.80}: each line should be {FORM}')
         lines[0] = ''
     for number, line in enumerate(lines, 1):
@@ -478,7 +481,8 @@ def read_lists(files, captions, problems):
             for line in read_text(path).split('\n'):
                 name = plain(line.strip())
                 if name in captions:
-                    moved += split_of.get(name, split) != split
+                    if split_of.get(name, split) != split:  # it is in an earlier split's list too
+                        moved += 1
                     split_of[name] = split
                 elif name:
                     problems.append(f'{path} lists {name}, which has no caption')
@@ -514,8 +518,9 @@ def data_files(name, root):
         folder = as_path(root) / name
     files = list_files(folder) if folder.exists() else []
     archives = tuple(address.rsplit('/', 1)[1] for address, _, _ in DOWNLOADS.get(name, ()))
-    users = [path for path in files if not str(path.relative_to(folder)).startswith(archives)]
-    if archives and not users:  # nothing but archives, and what `download` unpacked
+    # Files that are neither archives nor what `download` unpacked from them:
+    own = [path for path in files if not str(path.relative_to(folder)).startswith(archives)]
+    if archives and not own:
         download(name, folder)
         files = list_files(folder)
     return folder, files

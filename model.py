@@ -24,7 +24,7 @@ from torch.export.passes import move_to_device_pass
 
 from attention import BahdanauAttention, DotAttention, hard_context, soft_context
 from data import END, PAD, START, UNK  # ids of special words
-from data import UserError, Vocabulary, as_path, in_one_line, whole_file
+from data import UserError, Vocabulary, as_path, as_user_error, write_whole
 
 PRETRAINED = Path(__file__).resolve().with_name('pretrained')  # models shipped with this program
 
@@ -108,8 +108,8 @@ def torchvision_cnn(name, pretrained):
         raise ValueError('no such CNN')
     import torchvision  # here: it loads as slowly as torch, and only these CNNs need it
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    with in_one_line(f'cannot get the weights of {name}', f'download {weights.url} into '
-                     f'{torch.hub.get_dir()}/checkpoints'):
+    with as_user_error(f'cannot get the weights of {name}', f'download {weights.url} into '
+                       f'{torch.hub.get_dir()}/checkpoints'):
         cnn = torchvision.models.get_model(name, weights=weights if pretrained else None)
     if not hasattr(cnn, 'features'):  # resnet and regnet end with avgpool and fc
         return nn.Sequential(*list(cnn.children())[:-2]), weights
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
         remedy = (f'give tiny, a CNN of torchvision ({FAMILIES}), or a .pt2 file that '
                   f'maps any number of images of {image_size} pixels to (B, D, rows, columns)')
-        with in_one_line(f'{name} cannot be the encoder', remedy):
+        with as_user_error(f'{name} cannot be the encoder', remedy):
             if self.name == 'tiny':
                 self.cnn, self.key = tiny_cnn(), 'tiny'
             elif self.name.endswith('.pt2'):
@@ -207,7 +207,7 @@ Hypothesis = namedtuple('Hypothesis', 'tokens log_prob alphas betas')
 
 
 def stack(parts):
-    """The same part of T steps, tensors (B, ..), -> one (B, T, ..); None if a step has no such."""
+    """T tensors (B, ..), one from each step -> one tensor (B, T, ..); T times None -> None."""
     if parts[0] is None:
         return None
     return torch.stack(parts, dim=1)
@@ -249,7 +249,7 @@ class Captioner(nn.Module):
         if self.config.attn == 'none':  # Show and Tell: x_{-1} = W_I mean(a), h = c = 0 before it
             zero = mean.new_zeros(len(a), self.config.hidden_dim)
             h, c = self.cell(self.W_I(mean), (zero, zero))
-            keys = a[:, :0]  # none, (B, 0, D)
+            keys = a[:, :0]  # (B, 0, D): there are no locations to look at
         else:
             keys = self.attention.project(a)
             h = torch.tanh(self.f_init_h(mean)).float()  # the state is float32, also with --amp
@@ -329,8 +329,8 @@ class Captioner(nn.Module):
 
         a (B, L, D) -> for each image a list of at most beam_size Hypothesis, best first by
         log_prob / len(tokens) ** length_penalty; those cut off at max_len follow those that ended.
-            As in the authors' program an image has one beam less after each caption that ends.
-        <unk> is never said.
+        <unk> is never said. As in the authors' program an image has one beam less after each
+        caption that ends.
 
         Two beams of one image; each number is log p of the words so far:
 
@@ -385,7 +385,7 @@ class Captioner(nn.Module):
 def pick_device(name=''):
     """Device by name, or the best there is: cuda, mps or cpu. UserError if it cannot be used."""
     name = name or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
-    with in_one_line(f'--device {name} cannot be used here', 'leave it out'):
+    with as_user_error(f'--device {name} cannot be used here', 'leave it out'):
         return torch.zeros(1, device=name).device
 
 
@@ -413,14 +413,14 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, 
                'words': vocabulary.words, 'encoder': cnn, 'settings': settings, **training}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with whole_file(as_path(path), 'make room, or close the program that holds it') as file:
+    with write_whole(as_path(path), 'make room, or close the program that holds it') as file:
         file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint file; no code in it is run. UserError if it is not one."""
-    with in_one_line(f'{path} is no whole checkpoint of this program',
-                     'name another, such as runs/NAME/best.pt'):
+    with as_user_error(f'{path} is no whole checkpoint of this program',
+                       'name another, such as runs/NAME/best.pt'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if 'captioner' not in checkpoint:
             raise ValueError('it holds something else')
@@ -441,7 +441,7 @@ def load_checkpoint(source, device='cpu'):
         raise UserError(f'the model was trained with the encoder {cnn["key"]}, and {cnn["name"]} '
                         f'is {encoder.key}: put the former one in its place')
     captioner = Captioner(CaptionerConfig(**checkpoint['config'])).to(device).eval()
-    with in_one_line('the checkpoint is of another version of this program', 'train it anew'):
+    with as_user_error('the checkpoint is of another version of this program', 'train it anew'):
         captioner.load_state_dict(checkpoint['captioner'])
         if own:
             encoder.load_state_dict(cnn['weights'])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data import START, UserError, as_path, is_image, list_files, load_image, open_image
-from data import result_name, run_command, whole_file
+from data import result_name, run_command, write_whole
 from model import PRETRAINED, checkpoint_in, load_checkpoint, pick_device
 
 PANEL, LABEL, GAP = 224, 32, 6  # pixels: width of a panel, height of its label, space between
@@ -41,7 +41,8 @@ def draw_look(image, alpha, grid):
     m = np.minimum(w / level, 1)[:, :, None] ** 2  # 1 inside of the region
     picture = grey + m * (pixels - grey)
     region = Image.fromarray(np.uint8(255 * (w >= level)))
-    blurred = np.float32(region.filter(ImageFilter.GaussianBlur(4)))  # specks fade below 127
+    blurred = np.float32(region.filter(ImageFilter.GaussianBlur(4)))
+    # The line is where the blurred region has about half of 255. Specks stay below that.
     picture[abs(blurred - 127) < 18] = 255, 210, 0
     return Image.fromarray(np.uint8(picture)), half / w.size
 
@@ -70,13 +71,14 @@ def draw_attention(image, words, alphas=None, grid=None):
         for word, alpha in zip(words, alphas):
             look, share = draw_look(image, alpha, grid)
             panels.append((look, word, f'{share:.0%}'))
-    width, height = PANEL + GAP, height + LABEL + GAP  # of a panel with all around it
+    right, down = PANEL + GAP, height + LABEL + GAP  # from one panel to the next
     rows = math.ceil(len(panels) / COLUMNS)
-    sheet = Image.new('RGB', (COLUMNS * width + GAP, rows * height + GAP), 'white')
+    sheet = Image.new('RGB', (COLUMNS * right + GAP, rows * down + GAP), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, (panel, label, share) in enumerate(panels):
         row, column = divmod(i, COLUMNS)
-        x, y = GAP + column * width, GAP + row * height + LABEL
+        x, y = GAP + column * right, GAP + row * down + LABEL
+        # A whole caption, which has no share, may be as wide as the sheet.
         font = SMALL if share and LARGE.getlength(label) > PANEL - 40 else LARGE
         draw.text((x, y - 6), label, 'black', font, anchor='ls')
         draw.text((x + PANEL, y - 6), share, 'grey', SMALL, anchor='rs')
@@ -139,7 +141,7 @@ def explain(captioner, a, best, vocabulary, encoder):
 def save_picture(path, picture, best, vocabulary, grid):
     """Draw where the model looked for the words of the Hypothesis `best`, or a UserError."""
     sheet = draw_attention(open_image(path), vocabulary.decode(best.tokens), best.alphas, grid)
-    with whole_file(picture, 'name another folder with --out') as file:
+    with write_whole(picture, 'name another folder with --out') as file:
         sheet.save(file, 'PNG', compress_level=1)  # fast, a tenth more bytes
 
 
@@ -165,7 +167,7 @@ def main():
                 errors.append(error)
         if not batch:
             continue
-        a = encoder(torch.from_numpy(np.stack(pixels)))  # (B, L, D)
+        a = encoder(torch.from_numpy(np.stack(pixels)))  # (B, L, D), on the encoder's device
         found = captioner.beam_search(a, beam, settings['max_len'], settings['length_penalty'])
         for path, features, hypotheses in zip(batch, a, found):
             best = hypotheses[0]
@@ -190,7 +192,7 @@ def main():
         except UserError as error:
             errors.append(error)
     if errors:
-        raise UserError('\nerror: '.join(map(str, errors)))
+        raise UserError('\nerror: '.join(map(str, errors)))  # run_command adds the first "error:"
 
 
 if __name__ == '__main__':

@@ -73,7 +73,7 @@ every_rung = pytest.mark.parametrize('attn, score, cell', [text.split() for text
 on_every_device = pytest.mark.usefixtures('device')
 
 
-@pytest.fixture(params=['cpu', *['cuda'] * torch.cuda.is_available()])
+@pytest.fixture(params=['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])
 def device(request):
     """A test's tensors and modules are made on each device that there is, in turn."""
     with torch.device(request.param):
@@ -108,7 +108,7 @@ def test_hard_context_draws_from_alpha_and_nothing_becomes_nan(monkeypatch):
     assert (z.mean(0) - alpha).abs().max() < 0.015  # four standard deviations
     close(log_p_s.exp(), z @ alpha[0])
     # Some devices' exponential_ can return 0, and 0 / 0 would be NaN.
-    monkeypatch.setattr(torch.Tensor, 'exponential_', lambda x: x.copy_(alpha > 0))
+    monkeypatch.setattr(torch.Tensor, 'exponential_', lambda x: torch.tensor([[1.0, 1, 1, 0]]))
     assert hard_context(alpha, a)[0].tolist() == [[1, 0, 0, 0]]
     certain = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
     entropy(certain).sum().backward()  # where 0 log 0 is 0
@@ -147,7 +147,7 @@ def golden(device):
 
 
 def theirs_to_ours(words):
-    """Their word ids -> ours: <eos> 0 -> <end>, the others moved up behind the special words."""
+    """Their word ids -> ours: <eos> 0 -> <end>, 1, 2, .. -> 4, 5, .. Their 50 words are our 53."""
     return torch.where(words == 0, END, words.long() + 3)
 
 
@@ -164,7 +164,7 @@ PAIRS = """
 
 
 def pairs(captioner, golden, group):
-    """Each parameter of ours, the rows of it that they have, and golden[group/their name] there."""
+    """Each parameter of ours, its rows that they have too, golden[group/their name] for these."""
     for ours, theirs in zip(PAIRS[::2], PAIRS[1::2]):
         weight, array = captioner.get_parameter(ours), golden[f'{group}/{theirs}']
         rows = theirs_to_ours(torch.arange(50)) if len(weight) == 53 else slice(None)
@@ -175,7 +175,8 @@ def pairs(captioner, golden, group):
 
 def authors_captioner(golden, attn='soft', eos=0.0):
     """Our captioner with the authors' parameters; `eos` is added to the bias of the end word."""
-    captioner = Captioner(CaptionerConfig(53, 24, attn, 'additive', 'lstm', 16, 32, 24, 0.0))
+    captioner = Captioner(CaptionerConfig(53, 24, attn, embed_dim=16, hidden_dim=32, attn_dim=24,
+                                           dropout=0.0))
     with torch.no_grad():
         captioner.L_o.bias.fill_(-1e9)  # our special words do not exist in their program
         for weight, rows, array in pairs(captioner, golden, 'param'):
@@ -186,14 +187,14 @@ def authors_captioner(golden, attn='soft', eos=0.0):
     return captioner
 
 
-def give_locations(monkeypatch, s, sampled):
-    """Hard attention's training takes locations s (B, T), a column for each word, where `sampled`
-    (B, T) or what the captioner itself is told says that it samples."""
-    columns = zip(s.unbind(1), sampled.unbind(1))
+def give_locations(monkeypatch, s, where):
+    """Training takes the locations s (B, T) instead of drawing some, and samples where `where`
+    (B, T) says so, unless the captioner is told by its caller."""
+    columns = zip(s.unbind(1), where.unbind(1))
 
     def given(alpha, a, sampled=None):
-        s_t, sampled_t = next(columns)
-        return hard_context(alpha, a, s_t, sampled_t if sampled is None else sampled)
+        s_t, where_t = next(columns)
+        return hard_context(alpha, a, s_t, where_t if sampled is None else sampled)
     monkeypatch.setattr('model.hard_context', given)
 
 
@@ -210,6 +211,7 @@ def test_attention_equals_the_authors_program_given_its_samples(golden, monkeypa
     p = out.logits.softmax(2).take_along_dim(words[..., None], 2).squeeze(2)
     costs = -((p + 1e-8).log() * mask).sum(1)  # their program adds 1e-8
     # In the padding their state, and so where it would look next, stays as it is.
+    # Their lengths do not count <eos>, so that the padding begins at lengths + 1.
     step = torch.minimum(torch.arange(T), golden['in/lengths'][:, None] + 1)
     alphas = out.alphas.take_along_dim(step[..., None], 1)
     stem = f'{call}/out' if call else 'soft'
@@ -217,7 +219,7 @@ def test_attention_equals_the_authors_program_given_its_samples(golden, monkeypa
     close(alphas, golden[f'{stem}/alphas'].transpose(0, 1), atol=1e-5, rtol=0)
     if call == 'call0':
         return  # the golden file has the gradients of the others
-    if call:  # theirs sums REINFORCE over captions and averages the rest, with the cost per step
+    if call:  # their loss: mean(cost) + sum over captions of (cost / T - b) log p(s) / 10 - 0.002 H
         log_p_s = (alphas * sample).sum(2).log() * sampled
         baseline = -T * golden[f'{call}/baseline_before']
         loss = reinforce_loss(-costs, log_p_s.sum(1), alphas, baseline, N / (10 * T), 0.002 * N)
@@ -259,7 +261,7 @@ def test_reinforce_is_unbiased_and_the_bound_holds(monkeypatch):
 
     def gradient(loss):
         return torch.autograd.grad(loss, list(captioner.parameters()), retain_graph=True)
-    give_locations(monkeypatch, s, s >= 0)
+    give_locations(monkeypatch, s, torch.ones(9, 2).bool())
     out = captioner(a.expand(9, -1, -1), captions.expand(9, -1))
     log_p_y = out.logits.log_softmax(2)[:, [0, 1], [5, END]].sum(1)
     p = out.log_p_s.sum(1).exp()
@@ -269,9 +271,9 @@ def test_reinforce_is_unbiased_and_the_bound_holds(monkeypatch):
     cfg = Settings(attn='hard', lambda_r=1.0, lambda_h=0.0)
     for baseline in 0.0, bound.item():
         mean = 0
-        for n in range(9):  # as a training step takes each
+        for n in range(9):  # each sequence as batch_loss takes it, with samples for all captions
             row = s[n:n + 1]
-            give_locations(monkeypatch, row, row >= 0)
+            give_locations(monkeypatch, row, torch.ones(1, 2).bool())
             loss, _ = batch_loss(captioner, a, captions, cfg, baseline, expected=0.0)
             mean = mean + p[n].item() * loss
         close(gradient(-mean), gradient(bound), atol=1e-9, rtol=1e-6)
@@ -334,7 +336,8 @@ def test_a_frozen_encoder_never_changes_and_a_trained_one_learns():
     for encoder in Encoder('resnet18', 64, pretrained=False), Encoder('tiny', 64):
         before, uint8 = encoder(images), (images * 255).round().byte()
         assert encoder.train()(images).requires_grad == encoder.trainable
-        assert torch.equal(encoder.eval()(images), before) != encoder.trainable  # statistics
+        changed = not torch.equal(encoder.eval()(images), before)  # batch norm's statistics
+        assert changed == encoder.trainable
         close(encoder(uint8), encoder(uint8 / 255))
 
 
@@ -386,8 +389,9 @@ def test_what_cannot_be_the_encoder_is_said_in_one_line(tmp_path, monkeypatch, c
 
 
 def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match='zero.*download https://download.pytorch.org/.*vgg19.*pth'):
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url',
+                        Mock(side_effect=OSError('no network')))
+    with pytest.raises(UserError, match='no network.*download https://download.py.*vgg19.*pth'):
         Encoder('vgg19', 224)
 
 
@@ -398,7 +402,7 @@ def test_an_error_of_the_device_is_never_called_a_bad_encoder(monkeypatch, error
         Encoder('tiny', 32)
 
 
-def test_checkpoint_rebuilds_the_model_alone(tmp_path):
+def test_a_checkpoint_is_enough_to_rebuild_the_model(tmp_path):
     captioner = tiny_captioner(D=128, attn='hard', score='dot', cell='rnn', input_dropout=0.3)
     encoder, vocabulary = Encoder('tiny', 32), Vocabulary(['a', 'dog', 'caf\u00e9', 'x', 'y'])
     save_checkpoint(tmp_path / 'a.pt', captioner, encoder, vocabulary, {'lr': 0.1}, half=True)
@@ -413,6 +417,7 @@ def test_checkpoint_rebuilds_the_model_alone(tmp_path):
 def test_a_checkpoint_that_is_held_open_is_written_later_or_stays(tmp_path, monkeypatch):
     model = tiny_captioner(D=128), Encoder('tiny', 32), Vocabulary('abcde')
     path, held = tmp_path / 'a.pt', PermissionError(13, 'held open')
+    # It fails twice, then works (DEFAULT), then fails for ever.
     replace = Mock(wraps=os.replace, side_effect=[held, held, DEFAULT, *[held] * 99])
     monkeypatch.setattr('os.replace', replace)
     monkeypatch.setattr('time.sleep', lambda seconds: None)
@@ -450,7 +455,8 @@ def test_no_tensor_is_left_on_the_cpu(monkeypatch, attn, score, cell, trainable,
             torch.optim.Adam(weights).step()
             if cell == 'lstm':  # an RNN has no use for f_init_c
                 assert all(weight.grad is not None for weight in weights)
-        # Captioning asks for values: with each word the first image's first beam ends.
+        # Captioning asks for values. Here `ends.nonzero()` says that the first image's first beam
+        # ends with each word, and an array is the name of its device.
         with patch.multiple(torch.Tensor, nonzero=lambda x: np.zeros((1, 2), int), item=lambda x: 1,
                             __bool__=lambda x: True, numpy=lambda x: x.device.type):
             found, = captioner.eval().beam_search(a.float()[:1], 3, max_len=3)
@@ -464,7 +470,7 @@ def test_log_p_of_words_is_as_precise_as_float32_whatever_the_logits_are():
     logits, captions = torch.randn(3, 5, 1000).bfloat16(), torch.randint(1000, (3, 6))
     captioner = Mock()
     captioner.return_value.logits = logits
-    loss, _ = batch_loss(captioner, logits, captions, Settings())
+    loss, _ = batch_loss(captioner, None, captions, Settings())
     logits = logits.double().transpose(1, 2)
     expected = F.cross_entropy(logits, captions[:, 1:], reduction='sum') / 3
     close(loss.double(), expected, rtol=1e-6, atol=0)
@@ -832,16 +838,11 @@ def server(tmp_path, monkeypatch):
         http.shutdown()
 
 
-def source(server, name, kind):
-    """What data.py is to know of an archive on the server: its address, kind of sum, sum."""
-    content = (server[1] / name).read_bytes()
-    return f'{server[0]}/{name}', kind, hashlib.new(kind, content).hexdigest()
-
-
 def test_a_download_goes_on_where_it_stopped_in_the_very_folder(tmp_path, monkeypatch, server):
     folder, sources = tmp_path / 'flickr8k', []
     for archive in 'texts.zip', 'images.zip':
-        sources.append(source(server, archive, 'sha256'))
+        digest = hashlib.sha256((server[1] / archive).read_bytes()).hexdigest()
+        sources.append((f'{server[0]}/{archive}', 'sha256', digest))
     monkeypatch.setitem(data.DOWNLOADS, 'flickr8k', sources)
     (server[1] / 'images.zip').rename(tmp_path / 'later')
     with pytest.raises(UserError, match='cannot get .*images.zip .*404.*put it into'):
@@ -1282,7 +1283,7 @@ def test_weights_that_are_no_numbers_stop_the_run_and_what_was_good_is_kept(
         return loss * (math.nan if next(steps) > 5 else 1), numbers  # in the second epoch
     monkeypatch.setattr(train, 'batch_loss', diverging)
     status, _, err = command(*TRAIN, '--name', 'nan')
-    assert status == 2 and re.fullmatch('error: .*not numbers.*--resume "?runs/nan.*\n', err), err
+    assert status == 2 and re.fullmatch('error: .*not numbers.*--lr 3e-04\n', err), err
     assert torch.load('runs/nan/last.pt')['training']['epoch'] == 1
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention import doubly_stochastic, entropy, reinforce_loss
 from bleu_meteor import bleu, score, tokenize
-from data import END, START, UserError, Vocabulary, as_path, cache_images, in_one_line
+from data import END, START, UserError, Vocabulary, as_path, cache_images, as_user_error
 from data import length_batches, load_captions, pointing, run_command
 from model import Captioner, CaptionerConfig, Encoder, checkpoint_in, load_checkpoint, pick_device
 from model import read_checkpoint, save_checkpoint
@@ -109,8 +109,8 @@ class Settings:
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # new ones, on photographs
-# These settings are fixed by a checkpoint, and RUN's by a run that is resumed.
+SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # with --attn none, on photographs
+# What no flag may change: MODEL when a checkpoint is given, RUN when a run is resumed.
 MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
          'input_dropout min_count').split()
 RUN = MODEL + ['data', 'batch_size', 'seed', 'init_from']
@@ -144,7 +144,8 @@ def parse_settings():
             path = checkpoint_in(evaluate or given['init_from'])
         checkpoint = read_checkpoint(path)
         saved = checkpoint['settings']
-        for name in RUN if resume else MODEL:
+        fixed = RUN if resume else MODEL
+        for name in fixed:
             if name in given and given[name] != saved[name]:
                 raise UserError(f'{name} is {saved[name]} in {path} and stays so: leave it out')
         if resume or evaluate:
@@ -160,6 +161,7 @@ def parse_settings():
     elif chosen.get('attn') == 'none':
         settings.update(SHOW_AND_TELL_DEFAULTS)
     settings.update(chosen)
+    # A checkpoint of another version may have more settings.
     cfg = Settings(**{name: settings[name] for name in asdict(Settings())})
     if cfg.attn == 'hard' and cfg.warm_up >= cfg.epochs and not evaluate:
         raise UserError('--warm-up must be below --epochs: hard attention samples after it')
@@ -267,7 +269,7 @@ def join_ranks(name):
 def wait():
     """Until all ranks are here."""
     if WORLD > 1:
-        with in_one_line(f'process {RANK} cannot go on', 'another one says why'):
+        with as_user_error(f'process {RANK} cannot go on', 'another one says why'):
             dist.barrier()
 
 
@@ -302,7 +304,10 @@ def training_captions(cfg, examples, vocabulary):
 
 
 def make_optimizer(model):
-    """Adam with two groups of weights: the captioner's and the encoder's."""
+    """Adam with two groups of weights: the captioner's and the encoder's (none if it is frozen).
+
+    `train` sets the learning rates.
+    """
     captioner, encoder, _ = model
     groups = []
     for module in captioner, encoder:
@@ -312,8 +317,8 @@ def make_optimizer(model):
 
 def compiled(step, device):
     """The decoder's step as one graph, or a UserError where nothing can be compiled."""
-    with in_one_line('--compile finds no working compiler', 'install one (g++, Visual Studio, on '
-                     'GPUs triton), or leave --compile out'):
+    with as_user_error('--compile finds no working compiler', 'install one (g++, Visual Studio, on '
+                       'GPUs triton), or leave --compile out'):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     torch._dynamo.config.optimize_ddp = False  # else DistributedDataParallel splits the graph
     return torch.compile(step)
@@ -338,7 +343,7 @@ def train(cfg, device, model, folder, run, splits, images):
         for weight in (*captioner.parameters(), *encoder.parameters()):
             if not weight.isfinite().all():
                 raise UserError('the weights are not numbers any more: go on from the last save '
-                                f'with --resume "{folder}" --lr {cfg.lr / 4:.0e}')
+                                f'with --resume and a lower rate, such as --lr {cfg.lr / 4:.0e}')
         run.optimizer = optimizer.state_dict()
         if RANK == 0:
             save_checkpoint(folder / 'last.pt', *model, asdict(cfg), training=vars(run))
@@ -411,7 +416,8 @@ def validate(model, cfg, examples, images, folder, run, row):
     print(f'epoch {run.epoch + 1}/{cfg.epochs}', *(f' {name} {x:.3f}' for name, x in row.items()))
     print(f'    {" ".join(hypotheses[0])}   [{" ".join(references[0][0])}]')
     # Hard attention's best is one of the epochs that sample: the first of them replaces all before.
-    if row['val BLEU-4'] > run.best or (cfg.attn == 'hard' and run.epoch == cfg.warm_up):
+    first_sampled = cfg.attn == 'hard' and run.epoch == cfg.warm_up
+    if first_sampled or row['val BLEU-4'] > run.best:
         run.best = row['val BLEU-4']
         save_checkpoint(folder / 'best.pt', *model, asdict(cfg), half=True)
 
@@ -430,11 +436,11 @@ def prepare(cfg, device, checkpoint, needed, more=()):
             raise UserError(f'{cfg.data} has no images with captions for {split}: add some; '
                             'three images are the least')
     if checkpoint:
-        *model, _ = load_checkpoint(checkpoint, device)
+        *model, _ = load_checkpoint(checkpoint, device)  # all but its settings
     else:
         model = build(cfg, splits['train'], device)
     captioner, encoder, _ = model
-    captioner.config.hard_decode = cfg.hard_decode
+    captioner.config.hard_decode = cfg.hard_decode  # a flag may change a checkpoint's
     encode = None if encoder.trainable else encoder  # a frozen one computes its features once
     images = {}
     for split, examples in splits.items():
@@ -447,7 +453,7 @@ def prepare(cfg, device, checkpoint, needed, more=()):
 
 def new_folder(out, name):
     """Make a folder for a run, out/NAME or with a number after it: no two runs share one."""
-    with in_one_line(f'cannot make a folder in {out}', 'name another with --out'):
+    with as_user_error(f'cannot make a folder in {out}', 'name another with --out'):
         as_path(out).mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             folder = as_path(out) / (name if number == 1 else f'{name}-{number}')
