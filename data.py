@@ -303,16 +303,16 @@ COCO = 'http://images.cocodataset.org/zips/'
 # Karpathy's splits of Flickr8k, Flickr30k and COCO, with their captions: what papers compare on.
 KARPATHY = ('https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip', 'sha256',
             '4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817')
-# What an empty folder of that name is filled with: address, kind of checksum, checksum.
+# What an empty folder of that name is filled with: what it is, address, kind of checksum, checksum.
 # Captions come first: if they cannot be had, nobody waits for gigabytes of images.
 DOWNLOADS = {
     'flickr8k': [
-        (GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627'),
-        (GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
+        ('captions', GITHUB + 'Flickr8k_text.zip', 'md5', 'bf6c1abcb8e4a833b7f922104de18627'),
+        ('images', GITHUB + 'Flickr8k_Dataset.zip', 'md5', 'f18a1e2920de5bd84dae7cf08ec78978')],
     'coco': [
-        KARPATHY,
-        (COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
-        (COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
+        ('captions', *KARPATHY),
+        ('images', COCO + 'train2014.zip', 'md5', '0da8c0bd3d6becc4dcb32757491aca88'),
+        ('images', COCO + 'val2014.zip', 'md5', 'a3d79f5ed8d289b7a7554ce06a5782b3')]}
 SPLITS = {'train': 'train', 'restval': 'train', 'val': 'val', 'dev': 'val', 'valid': 'val',
           'validation': 'val', 'test': 'test'}
 # The name of a list of images, such as train.txt or Flickr_8k.trainImages.txt, in small letters;
@@ -329,7 +329,7 @@ LEFT_BEHIND = re.compile(r'[.@$~].*|thumbs\.db|desktop\.ini|lost\+found|.*\.atte
 def download(name, folder):
     """Fill a folder of a known name with what an earlier call has not fetched, or a UserError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for address, kind, checksum in DOWNLOADS[name]:
+    for what, address, kind, checksum in DOWNLOADS[name]:
         archive = folder / address.rsplit('/', 1)[1]
         unpacked = Path(f'{archive}-unpacked')
         if unpacked.exists() and not archive.exists():  # complete: the archive is deleted last
@@ -337,7 +337,7 @@ def download(name, folder):
         with as_user_error(f'cannot get {address}', 'try again later, or get the file in another '
                            f'way and put it into {folder}'):
             if not archive.exists():
-                print(f'downloading {address}')
+                print(f'downloading {what}: {address}')
                 torch.hub.download_url_to_file(address, str(archive))
             with open(archive, 'rb') as file:
                 digest = hashlib.file_digest(file, kind).hexdigest()
@@ -412,8 +412,9 @@ def read_row(line):
     if not row or not is_image(row[1]):
         return None
     image, caption = row[1], row[3]
-    # The caption's number may have a column: "0|A dog". In "1,000 birds" a digit follows the comma.
-    number = re.match(r'\d+(\s*[\t;|]\s*|\s*,\s*(?![\s\d]))', caption)
+    # The caption's number may have a column: "0|A dog". But "1,000 birds", "2, 3 or 4 dogs": a
+    # number before a comma and a digit belongs to the caption. (*+ gives no blank back.)
+    number = re.match(r'\d+\s*([\t;|]\s*|,\s*+(?!\d))', caption)
     if number:
         caption = caption[number.end():]
     if re.fullmatch(r'"([^"]|"")*"', caption):
@@ -517,7 +518,7 @@ def data_files(name, root):
     if not folder.is_dir():
         folder = as_path(root) / name
     files = list_files(folder) if folder.exists() else []
-    archives = tuple(address.rsplit('/', 1)[1] for address, _, _ in DOWNLOADS.get(name, ()))
+    archives = tuple(address.rsplit('/', 1)[1] for _, address, *_ in DOWNLOADS.get(name, ()))
     # Files that are neither archives nor what `download` unpacked from them:
     own = [path for path in files if not str(path.relative_to(folder)).startswith(archives)]
     if archives and not own:

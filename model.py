@@ -69,14 +69,15 @@ class RNNCell(nn.Module):
 
     def step(self, Wx, state):
         h, c = state
-        h = torch.tanh(Wx + self.U(h)).to(h.dtype)  # with --amp U gives 16 bits
+        h = torch.tanh(Wx + self.U(h)).to(h.dtype)  # with --amp U gives 16 bits; an LSTM's c has 32
         return h, c
 
 
 # ----------------------------------------------------------------------------------- the encoder
 def tiny_cnn():
     """A small CNN of stride 8 and 128 features for simple pictures, trained with the captioner."""
-    # With stride 2 a kernel of 4 lies evenly around its output; one of 3 is off by half a pixel.
+    # With stride 2 the first output stands for pixels 0 and 1. A kernel of 4 sees -1 to 2, evenly
+    # around them; one of 3 would see -1 to 1.
     layers, channels = [], 3
     for outputs, kernel, stride in (16, 4, 2), (32, 4, 2), (64, 4, 2), (128, 3, 1):
         layers.append(nn.Conv2d(channels, outputs, kernel, stride, padding=1, bias=False))
@@ -129,14 +130,14 @@ class Encoder(nn.Module):
     image_size  pixels; images are squares of this side
     trainable   whether the CNN learns, as tiny always does; a frozen one stays in evaluation mode
     pretrained  whether a torchvision CNN gets its ImageNet weights
-    batch       images in the trial run: a CNN exported for fewer at once is refused
+    trial_batch images in the trial run: a CNN exported for fewer at once is refused
 
     .grid is (rows, columns) with rows * columns = L, .feature_dim is D, and .key names the weights
     of a frozen CNN. Raises UserError if the CNN cannot be loaded or does not give a feature map.
     """
 
     def __init__(self, name='tiny', image_size=64, trainable=False, pretrained=True, device='cpu',
-                 batch=2):
+                 trial_batch=2):
         super().__init__()
         self.name, self.image_size = str(name), image_size
         self.trainable = trainable or name == 'tiny'
@@ -157,7 +158,7 @@ class Encoder(nn.Module):
             self.register_buffer('mean_std', mean_std, persistent=False)
             self.to(device).eval()
             with torch.no_grad():  # a trial run tells the sizes
-                features = self.features(torch.zeros(batch, 3, image_size, image_size))
+                features = self.features(torch.zeros(trial_batch, 3, image_size, image_size))
             _, self.feature_dim, rows, columns = features.shape
         self.grid = rows, columns
 

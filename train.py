@@ -188,8 +188,8 @@ def batch_loss(captioner, a, captions, cfg, baseline=0.0, expected=0.5):
     if cfg.attn == 'soft' and cfg.lambda_ds:
         loss = loss + cfg.lambda_ds * doubly_stochastic(out.alphas)
     if cfg.attn == 'hard':
-        loss = reinforce_loss(log_p_y, out.log_p_s.sum(dim=1), out.alphas, baseline, cfg.lambda_r,
-                              cfg.lambda_h)
+        log_p_s = out.log_p_s.sum(dim=1)  # (B,), 0 where nothing was sampled
+        loss = reinforce_loss(log_p_y, log_p_s, out.alphas, baseline, cfg.lambda_r, cfg.lambda_h)
         numbers['reward'] = log_p_y.mean()
         numbers['entropy'] = entropy(out.alphas).mean() / T
     numbers['loss'] = loss.mean()
@@ -280,7 +280,7 @@ def build(cfg, examples, device):
     captions = [tokenize(caption) for example in examples for caption in example.captions]
     min_count = cfg.min_count or (4 if len(captions) >= 10000 else 1)
     vocabulary = Vocabulary.build(captions, min_count=min_count)
-    encoder = Encoder(cfg.encoder, cfg.image_size, cfg.finetune, device=device, batch=32)
+    encoder = Encoder(cfg.encoder, cfg.image_size, cfg.finetune, device=device, trial_batch=32)
     config = CaptionerConfig(len(vocabulary), encoder.feature_dim, cfg.attn, cfg.score, cfg.cell,
                              cfg.embed_dim, cfg.hidden_dim, cfg.attn_dim, cfg.dropout,
                              cfg.hard_decode, cfg.input_dropout)
@@ -405,10 +405,8 @@ def train(cfg, device, model, folder, run, splits, images):
 
 def validate(model, cfg, examples, images, folder, run, row):
     """Caption the validation images; add to the epoch's row and the log; keep the best model."""
-    references, hypotheses, share = caption_images(model, examples, images, cfg)
+    references, hypotheses, _ = caption_images(model, examples, images, cfg)
     row['val BLEU-4'] = bleu(references, hypotheses)[3]
-    if cfg.data == 'shapes':
-        row['pointing'] = share or 0.0  # the log has the same columns in every epoch
     if run.epoch == 0:
         run.log.append(','.join(['epoch', *row]))
     run.log.append(','.join(f'{x:g}' for x in (run.epoch + 1, *row.values())))
