@@ -165,6 +165,8 @@ def read_captions(path):
         content = json.loads(Path(path).read_bytes())  # it tells UTF-8 from UTF-16 by itself
         for image, caption in caption_rows(content):
             captions[str(image)].append(caption.strip())  # some files have numbers, some text
+        if not captions:
+            raise ValueError('it has no captions')
     return captions
 
 

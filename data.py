@@ -139,8 +139,8 @@ def open_image(source):
     """Path, file or pixels (rows, columns, 3) -> upright RGB picture, or a UserError."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    with as_user_error(f'{source} cannot be read', 'check its name, convert it (HEIC, 16 bits of '
-                       'grey) to a JPEG, or leave it out (in training --skip-bad does)'):
+    with as_user_error(f'{source} cannot be read', 'check its name, make a JPEG of it (of HEIC, 16 '
+                       'bits of grey, a huge one), or leave it out (in training --skip-bad does)'):
         with Image.open(source) as image:
             image.load()
             with suppress(Exception):  # the camera's notes, which say what is up, may be broken
@@ -342,8 +342,7 @@ def download(name, folder):
             with open(archive, 'rb') as file:
                 digest = hashlib.file_digest(file, kind).hexdigest()
             if digest != checksum:
-                archive.unlink()
-                raise ValueError(f'it had the wrong {kind} sum')
+                raise ValueError(f'delete {archive.name}, its {kind} sum is wrong')
             shutil.unpack_archive(archive, unpacked, 'zip')  # no file can escape from there
             archive.unlink()
 
@@ -356,10 +355,7 @@ def list_files(folder):
     files = []
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not LEFT_BEHIND.fullmatch(name)]
-        for name in names:
-            path = Path(place, name)
-            if path.is_file() and not LEFT_BEHIND.fullmatch(name):  # a pipe is no file
-                files.append(path)
+        files += [Path(place, name) for name in names if not LEFT_BEHIND.fullmatch(name)]
     return sorted(files)
 
 
@@ -380,7 +376,7 @@ def result_name(path):
 
 def read_text(path):
     """The text of a file in UTF-8, or a UserError."""
-    with as_user_error(f'{path} is not in UTF-8', 'save it so (in Excel as "CSV UTF-8", '
+    with as_user_error(f'{path} cannot be read', 'save it in UTF-8 (in Excel as "CSV UTF-8", '
                        'in PowerShell with "-Encoding utf8")'):
         return path.read_text('utf-8-sig')
 
@@ -389,7 +385,7 @@ def read_json(path):
     """Karpathy's dataset_NAME.json or COCO's annotations -> rows (plain name, caption, split)."""
     rows, names = [], {}
     with as_user_error(f"{path} is not whole, or not as Karpathy's and COCO's files are",
-                       'get it anew, or write a captions.txt instead'):
+                       'get it anew, or move it away and write a captions.txt'):
         content = json.loads(read_text(path))
         for image in content['images']:
             name = plain(image.get('filename') or image['file_name'])
@@ -419,7 +415,7 @@ def read_row(line):
         caption = caption[number.end():]
     if re.fullmatch(r'"([^"]|"")*"', caption):
         caption = caption[1:-1].replace('""', '"')
-    elif re.match(r'"([^"]|"")*"\s*[\t,;|]', caption):  # more columns
+    elif '\t' in caption or re.match(r'"([^"]|"")*"\s*[,;|]', caption):  # more columns
         return None
     if re.match(r'[\[({]\s*["\']', caption):  # a list of captions: "['A dog', ..]"
         return None
@@ -449,22 +445,23 @@ def read_table(path, problems):
     return rows
 
 
-def read_captions(name, files, problems):
+def read_captions(folder, files, problems):
     """All captions -> {plain name: captions}, {plain name: split} where the files say it."""
     paths, captions, split_of = [], defaultdict(list), {}
     for pattern in CAPTION_FILES:
-        pattern = pattern.replace('NAME', name).lower()
+        pattern = pattern.replace('NAME', folder.name).lower()
         paths = paths or [path for path in files if fnmatch(path.name.lower(), pattern)]
     if not paths:
-        raise UserError(f'{name} has no captions.txt, .csv or .tsv: give its table such a name, '
-                        f'with {FORM} in each line')
-    print(f'{name}: captions from {", ".join(map(str, paths))}')
+        raise UserError(f'{folder} has no captions.txt, .csv or .tsv: put images there, and a '
+                        f'table of such a name, with {FORM} in each line')
+    print(f'{folder.name}: captions from {", ".join(map(str, paths)):.300}')
+    paths.sort(key=lambda path: 'test' in path.name)  # the last split of an image counts
     for path in paths:
         named = re.search('_(train|val|dev|test)', path.name.lower())  # captions_train2014.json
         rows = read_json(path) if path.suffix == '.json' else read_table(path, problems)
         for image, caption, split in rows:
             if not isinstance(caption, str) or not caption.strip():
-                problems.append(f'{path} has an empty caption of {image}')
+                problems.append(f'{path} has an empty caption of {image:.80}')
                 continue
             captions[image].append(caption)
             if split or named:
@@ -486,7 +483,7 @@ def read_lists(files, captions, problems):
                         moved += 1
                     split_of[name] = split
                 elif name:
-                    problems.append(f'{path} lists {name}, which has no caption')
+                    problems.append(f'{path} lists {name:.80}, which has no caption')
     if moved:
         print(f'{moved} images are also in the list of a later split: they stay in that one alone')
     return split_of
@@ -545,7 +542,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
             raise UserError(f'{on_disk[image]} and {path} have the same name: keep one of them in '
                             f'{folder}')
         on_disk[image] = path
-    captions, split_of = read_captions(folder.name, files, problems)
+    captions, split_of = read_captions(folder, files, problems)
     split_of = split_of or read_lists(files, captions, problems)
     split_of = split_of or dict.fromkeys(captions, 'train')
     draw_missing(split_of)
@@ -554,7 +551,7 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
             continue
         try:
             if image not in on_disk:
-                raise UserError(f'{folder} has no image {image}')
+                raise UserError(f'{folder} has no image {image:.80}')
             path = on_disk[image]
             if skip_bad:  # else cache_images stops at it
                 open_image(path)

@@ -414,14 +414,14 @@ def save_checkpoint(path, captioner, encoder, vocabulary, settings, half=False, 
                'words': vocabulary.words, 'encoder': cnn, 'settings': settings, **training}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with write_whole(as_path(path), 'make room, or close the program that holds it') as file:
+    with write_whole(as_path(path), 'make room, allow writing, or close what holds it') as file:
         file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint file; no code in it is run. UserError if it is not one."""
     with as_user_error(f'{path} is no whole checkpoint of this program',
-                       'name another, such as runs/NAME/best.pt'):
+                       'name another run, such as runs/NAME'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if 'captioner' not in checkpoint:
             raise ValueError('it holds something else')

@@ -35,7 +35,8 @@ def draw_look(image, alpha, grid):
     cells = Image.fromarray(np.asarray(alpha, dtype=np.float32).reshape(grid))
     w = np.asarray(cells.resize(image.size, Image.BICUBIC)).clip(0)  # the weight of each pixel
     largest_first = np.sort(w, axis=None)[::-1]
-    half = np.searchsorted(largest_first.cumsum(), w.sum() / 2)
+    sums = largest_first.cumsum()
+    half = np.searchsorted(sums, sums[-1] / 2)
     level = largest_first[half]  # pixels above it hold half of the weight
     grey = 0.45 * pixels.mean(axis=2, keepdims=True)
     m = np.minimum(w / level, 1)[:, :, None] ** 2  # 1 inside of the region

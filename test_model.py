@@ -690,9 +690,9 @@ def test_a_table_is_read_as_python_writes_it(mine, mark):
 def test_a_caption_without_quotes_around_it_may_hold_any_mark(mine):
     write(mine, {'captions.tsv': '\n\n'.join([
         'red.jpg,A dog, a cat; both | here', 'red.jpg|"Sit" says he, "now"', '"red.jpg";2 dogs',
-        'sub\\RED.JPG#10\t Two "big\tdogs . ', ' z/red.jpg ; 3 ; 4 " of them'])})
+        'sub\\RED.JPG#10\t Two "big, dogs . ', ' z/red.jpg ; 3 ; 4 " of them'])})
     assert said(load(mine))['red.jpg'] == [
-        'A dog, a cat; both | here', '"Sit" says he, "now"', '2 dogs', 'Two "big\tdogs .',
+        'A dog, a cat; both | here', '"Sit" says he, "now"', '2 dogs', 'Two "big, dogs .',
         '4 " of them']
 
 
@@ -787,7 +787,8 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(mine, monkeypatch):
 
 BAD_LINES = {  # of a table
     'no mark': 'red.jpg A dog', 'no ending': 'red,A dog', 'another order': 'A dog,red.jpg',
-    'two captions': 'red.jpg,"A dog","A cat"', 'two lines': 'red.jpg,"A dog\nruns."',
+    'two captions': 'red.jpg,"A dog","A cat"', 'and with tabs': 'red.jpg\tA dog\tA cat',
+    'two lines': 'red.jpg,"A dog\nruns."',
     'nothing': 'red.jpg,', 'a list': 'red.jpg,"[""A dog"", ""A cat""]"',
     "Python's list": "red.jpg,['A dog', 'A cat']", 'a long line': 'x' * 300_000}
 LISTED = LINES + 'no.jpg,A dog'
@@ -802,8 +803,8 @@ for fault, line in BAD_LINES.items():
 BAD_FILES = {
     'more columns': ({'captions.csv': 'image,caption,licence\n'}, "columns 'image,cap.*should be"),
     'an index first': ({'captions.tsv': '\timage\tcaption\n'}, 'columns .*image.*should be'),
-    'Excel': ({'captions.txt': b'red.jpg,Caf\xe9'}, 'captions.txt is not in UTF-8'),
-    'PowerShell': ({'captions.txt': b'\xff\xfer\0e\0d\0'}, 'not in UTF-8.*PowerShell'),
+    'Excel': ({'captions.txt': b'red.jpg,Caf\xe9'}, 'captions.txt cannot be read .*in UTF-8'),
+    'PowerShell': ({'captions.txt': b'\xff\xfer\0e\0d\0'}, 'in UTF-8.*PowerShell'),
     'not listed': ({'captions_x.json': '{"images": [], "annotations": [{"image_id": 7}]}'},
                    "not as Karpathy's and COCO's .*KeyError: 7.*write a captions.txt"),
     'a list in JSON': ({'captions_x.json': '[{"image": "red.jpg"}]'}, "not as Karpathy's and COCO"),
@@ -858,15 +859,12 @@ def test_a_download_goes_on_where_it_stopped_in_the_very_folder(tmp_path, monkey
     assert load(folder) == splits and len(os.listdir(folder)) == 2
 
 
-@pytest.mark.parametrize('name, message', [
-    ('texts.zip', 'the wrong md5 sum.*try again'), ('empty.zip', 'get the file in another way')])
-def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch, server, name, message):
-    write(server[1], {'empty.zip': ''})
-    monkeypatch.setitem(data.DOWNLOADS, 'coco', [('', f'{server[0]}/{name}', 'md5', '0' * 32)])
-    for _ in range(2):
-        with pytest.raises(UserError, match=message):
-            load(tmp_path / 'coco')
-        assert not os.listdir(tmp_path / 'coco')
+def test_a_file_that_is_not_what_was_published_stays_and_is_named(tmp_path, monkeypatch, server):
+    write(tmp_path / 'coco', {'texts.zip': 'perhaps the user has packed it'})
+    monkeypatch.setitem(data.DOWNLOADS, 'coco', [('', f'{server[0]}/texts.zip', 'md5', '0' * 32)])
+    with pytest.raises(UserError, match='delete texts.zip, its md5 sum is wrong.*another way'):
+        load(tmp_path / 'coco')
+    assert os.listdir(tmp_path / 'coco') == ['texts.zip']
 
 
 # --------------------------------------------------------------------------- images and their cache

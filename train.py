@@ -320,7 +320,6 @@ def compiled(step, device):
     with as_user_error('--compile finds no working compiler', 'install one (g++, Visual Studio, on '
                        'GPUs triton), or leave --compile out'):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
-    torch._dynamo.config.optimize_ddp = False  # else DistributedDataParallel splits the graph
     return torch.compile(step)
 
 
@@ -358,8 +357,6 @@ def train(cfg, device, model, folder, run, splits, images):
         rng = np.random.default_rng((cfg.seed, epoch))
         batches = length_batches(lengths, cfg.batch_size, rng)
         batches = [batch for batch in batches if len(batch) >= WORLD]
-        if not batches:
-            raise UserError(f'--batch-size is too small for {WORLD} processes')
         expected = 1.0 if epoch < cfg.warm_up else cfg.expected
         captioner.train()
         encoder.train()
@@ -451,7 +448,7 @@ def prepare(cfg, device, checkpoint, needed, more=()):
 
 def new_folder(out, name):
     """Make a folder for a run, out/NAME or with a number after it: no two runs share one."""
-    with as_user_error(f'cannot make a folder in {out}', 'name another with --out'):
+    with as_user_error(f'cannot make a folder in {out}', 'name another with --out or --name'):
         as_path(out).mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             folder = as_path(out) / (name if number == 1 else f'{name}-{number}')
@@ -472,7 +469,7 @@ def train_and_test(cfg, device, head, checkpoint, folder):
     if folder:  # --resume
         vars(run).update(checkpoint['training'])
     elif RANK == 0:
-        folder = new_folder(cfg.out, cfg.name or f'{Path(cfg.data).name}-{cfg.attn}')
+        folder = new_folder(cfg.out, cfg.name or f'{as_path(cfg.data).resolve().name}-{cfg.attn}')
     run.baseline = run.baseline.to(device)
     try:
         train(cfg, device, model, folder, run, splits, images)
