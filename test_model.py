@@ -809,7 +809,7 @@ BAD_FILES = {
                    "not as Karpathy's and COCO's .*KeyError: 7.*write a captions.txt"),
     'a list in JSON': ({'captions_x.json': '[{"image": "red.jpg"}]'}, "not as Karpathy's and COCO"),
     'a text for each image': ({'red.txt': 'A dog', 'blue.txt': 'A cat'},
-                              'no captions.txt, .csv or .tsv: give')}
+                              'no captions.txt, .csv or .tsv: put')}
 
 
 @pytest.mark.parametrize('fault', [*BAD_PARTS, *BAD_FILES])
@@ -1129,7 +1129,7 @@ def test_punctuation_counts_where_it_is_asked_for(score):
     ({'1': ['a', 'b'], '2': 'c'}, '1 .*(than one caption|several captions)'),
     ({'a/1': 'a', '1': 'b', '2': 'c'}, 'a/1'),
     ({'2': 'kids'}, '1 images, such as 1, .*results.json .1. and references.json .2.'),
-    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'json .0.')])
+    ([{'image_id': 1, 'text': 'a'}], "results.json .*'caption'.*-h says"), ([], 'results.json .*no captions')])
 def test_results_that_do_not_fit_are_refused_in_a_line(score, results, message):
     references = {'1': ['a dog'], '2': ['kids']}
     status, out, err = score(results, references)
