@@ -408,8 +408,8 @@ def read_row(line):
     if not row or not is_image(row[1]):
         return None
     image, caption = row[1], row[3]
-    # The caption's number may have a column: "0|A dog". But "1,000 birds", "2, 3 or 4 dogs": a
-    # number before a comma and a digit belongs to the caption. (*+ gives no blank back.)
+    # The caption's number may have a column: "0|A dog". But in "1,000 birds" and "2, 3 or 4 dogs"
+    # it belongs to the caption: a digit follows the comma. (After *+ that cannot be a blank.)
     number = re.match(r'\d+\s*([\t;|]\s*|,\s*+(?!\d))', caption)
     if number:
         caption = caption[number.end():]
@@ -455,7 +455,8 @@ def read_captions(folder, files, problems):
         raise UserError(f'{folder} has no captions.txt, .csv or .tsv: put images there, and a '
                         f'table of such a name, with {FORM} in each line')
     print(f'{folder.name}: captions from {", ".join(map(str, paths)):.300}')
-    paths.sort(key=lambda path: 'test' in path.name)  # the last split of an image counts
+    # Files for training first: an image's split is what the last file says.
+    paths.sort(key=lambda path: 'train' not in path.name.lower())
     for path in paths:
         named = re.search('_(train|val|dev|test)', path.name.lower())  # captions_train2014.json
         rows = read_json(path) if path.suffix == '.json' else read_table(path, problems)
@@ -505,7 +506,7 @@ def draw_missing(split_of):
             digests[name] = hashlib.md5(text).hexdigest()
         first = min(names, key=digests.get)  # one at least
         for name in names:
-            if name == first or digests[name] < '1a':  # 1a of 100 in hexadecimal: a tenth
+            if name == first or digests[name] < '1a':  # the first digits: 26 of 256, a tenth
                 split_of[name] = split
 
 

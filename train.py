@@ -134,7 +134,11 @@ def parse_settings():
                         help='split that --eval scores [test]')
     given = vars(parser.parse_args())  # the flags that were given, and no defaults
     resume, evaluate = given.pop('resume', None), given.pop('eval', None)
-    split = given.pop('split', 'test') if evaluate else None
+    split = None
+    if evaluate:
+        split = given.pop('split', 'test')
+    elif 'split' in given:
+        parser.error('--split goes with --eval')
 
     checkpoint, folder, saved = None, None, {}
     if resume or evaluate or 'init_from' in given:
@@ -353,7 +357,8 @@ def train(cfg, device, model, folder, run, splits, images):
     ids, image_of = training_captions(cfg, splits['train'], vocabulary)
     lengths = np.array([len(caption) for caption in ids])
     while run.epoch < cfg.epochs:
-        epoch, first, began = run.epoch, run.step, time.time()
+        began = time.time()
+        epoch, first = run.epoch, run.step
         rng = np.random.default_rng((cfg.seed, epoch))
         batches = length_batches(lengths, cfg.batch_size, rng)
         batches = [batch for batch in batches if len(batch) >= WORLD]
@@ -393,7 +398,7 @@ def train(cfg, device, model, folder, run, splits, images):
 
         save_last()  # no broken weights are validated
         row = {name: float(total) / len(batches) for name, total in run.totals.items()}
-        row['captions/s'] = sum(map(len, batches[first:])) / (time.time() - began)
+        row['seconds'] = time.time() - began
         if RANK == 0:
             validate(model, cfg, splits['val'], images['val'], folder, run, row)
         run.epoch, run.step, run.totals = epoch + 1, 0, {}
