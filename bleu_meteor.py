@@ -42,8 +42,8 @@ def split_chunk(chunk, punctuation):
     for sign in set(chunk) - set(INSIDE_WORDS):
         if not sign.isascii() and unicodedata.category(sign)[0] not in 'LMN':
             chunk = chunk.replace(sign, f' {sign} ')  # no letter (L), accent (M) or number (N)
-    # A full stop at the end of a word stands alone too: "wet." -> "wet .", but "1.5", "..." and,
-    # where it follows a lone letter, "u.s." stay. (The space in front is for a first lone letter.)
+    # A full stop stands alone too, as in "wet .", but not after a lone letter ("u.s.": each letter
+    # is behind a space or a stop), not after a stop ("..."), not before more of the word ("1.5").
     chunk = re.sub(r'(?<![\s.][a-z])(?<!\.)\.(?=[^\w.]|$)', ' .', ' ' + chunk)
     # NLTK always splits off the last stop of a text, even that of u.s.: it gets one more stop for
     # that, which [:-1] drops.
@@ -114,7 +114,7 @@ def get_wordnet():
                 nltk.download('wordnet', quiet=True)
     reason = reason.strip('\n *').split('\n')[0]  # NLTK puts it between lines of stars
     print(f'METEOR is left out, NLTK cannot read WordNet ({reason}): get it with "python -m '
-          'nltk.downloader wordnet", or set NLTK_DATA to the folder of corpora/ (links are no use)')
+          'nltk.downloader wordnet", or set NLTK_DATA to the folder of corpora/ (no symbolic link)')
     return False
 
 

@@ -69,7 +69,7 @@ class RNNCell(nn.Module):
 
     def step(self, Wx, state):
         h, c = state
-        h = torch.tanh(Wx + self.U(h)).to(h.dtype)  # with --amp U gives 16 bits; an LSTM's c has 32
+        h = torch.tanh(Wx + self.U(h)).to(h.dtype)  # float32, also where --amp made 16 bits of U h
         return h, c
 
 

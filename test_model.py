@@ -218,7 +218,8 @@ def test_attention_equals_the_authors_program_given_its_samples(golden, monkeypa
     if call == 'call0':
         return  # the golden file has the gradients of the others
     if call:  # theirs: sum over captions of [cost / N + (cost / T - b) log p(s) / 10 - 0.002 H]
-        # = mean of [cost + (cost - T b) log p(s) N / (10 T) - 0.002 N H]. Their padding counts:
+        # = mean of [cost + (cost - T b) log p(s) N / (10 T) - 0.002 N H], and the steps of the
+        # padding are in their log p(s) and H. Our baseline is a log p, minus a cost: -T b.
         log_p_s = (alphas * sample).sum(2).log() * sampled
         baseline = -T * golden[f'{call}/baseline_before']
         loss = reinforce_loss(-costs, log_p_s.sum(1), alphas, baseline, N / (10 * T), 0.002 * N)
@@ -454,8 +455,9 @@ def test_no_tensor_is_left_on_the_cpu(monkeypatch, attn, score, cell, trainable,
             torch.optim.Adam(weights).step()
             if cell == 'lstm':  # an RNN has no use for f_init_c
                 assert all(weight.grad is not None for weight in weights)
-        # Captioning asks for values. Here nothing is ever finished, `ends.nonzero()` is the first
-        # image's first beam, every word is 1 (tolist calls item), an array is its device's name.
+        # Captioning asks for values. Here the loop goes on to max_len, for `not ..any()` is False;
+        # at each step `ends.nonzero()` is the first image's first beam, so captions of 1, 2 and 3
+        # words are found; every word is 1 (tolist calls item); an array is its device's name.
         with patch.multiple(torch.Tensor, nonzero=lambda x: np.zeros((1, 2), int), item=lambda x: 1,
                             __bool__=lambda x: True, numpy=lambda x: x.device.type):
             found, = captioner.eval().beam_search(a.float()[:1], 3, max_len=3)
@@ -547,7 +549,8 @@ def test_shapes_captions_tell_the_truth():
 def test_pointing_tells_whether_the_cell_is_in_the_named_object():
     objects = [data.Object('circle', 'red', 'small', 0, (0, 0, 0.25, 0.25)),
                data.Object('square', 'blue', 'large', 8, (0.5, 0.5, 1, 1))]
-    for words, cell, hits in (  # where it looks at the last word, in a grid of 4 x 4
+    # Where it looks at the last word, in a grid of 4 x 4. A shape without the colour is a miss.
+    for words, cell, hits in (
             ('a red circle', 0, [True]), ('red circle', 1, [False]), ('blue square', 15, [True]),
             ('blue square', 11, [True]), ('or square', 15, [False]), ('square', 15, [False]),
             ('green square', 15, [False]), ('red over', 0, [])):
@@ -827,7 +830,7 @@ def test_what_is_wrong_is_said_in_one_line(mine, capsys, fault):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server on this machine with two archives as macOS makes them; its address, folder."""
+    """A web server on this machine with two archives; its address, folder."""
     monkeypatch.setenv('no_proxy', '*')
     handler, site = SimpleHTTPRequestHandler, tmp_path / 'site'
     monkeypatch.setattr(handler, 'log_message', lambda *_: None)
@@ -942,7 +945,7 @@ def test_features_are_computed_once_for_each_encoder_size_and_set_of_pictures(ph
     for some, size, label in (photos, 16, 'mean'), (photos[::-1], 32, 'mean'), (photos, 32, 'x'):
         with pytest.raises(ZeroDivisionError):
             cache(some, size, label=label, encode=fail)
-    for file in (tmp_path / 'cache').iterdir():  # whole ones alone, unless a disk breaks
+    for file in (tmp_path / 'cache').iterdir():  # as a broken disk might leave it
         os.truncate(file, 200)
     with pytest.raises(UserError, match='mean-32-.* cannot be read .*delete it'):
         cache(photos, 32, label='mean', encode=fail)

@@ -468,6 +468,7 @@ def train_and_test(cfg, device, head, checkpoint, folder):
     captioner, _, _ = model
     if cfg.compile:
         captioner.step = compiled(captioner.step, device)
+    print(*head, sep='\n')
     # What has been reached; --resume restores it.
     run = SimpleNamespace(epoch=0, step=0, best=-1.0, baseline=torch.zeros(()),
                           totals={}, log=head, optimizer=None)
@@ -495,7 +496,6 @@ def main():
     device = join_ranks(cfg.device)
     head = [f'# command: {" ".join(sys.argv)}',
             f'# torch {torch.__version__}, {WORLD} x {device}', f'# settings: {cfg}']
-    print(*head, sep='\n')
     if split:
         splits, model, images = prepare(cfg, device, checkpoint, (split,))
         if RANK == 0:
