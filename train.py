@@ -462,16 +462,18 @@ def new_folder(out, name):
                 return folder
 
 
-def train_and_test(cfg, device, head, checkpoint, folder):
+def train_and_test(cfg, device, checkpoint, folder):
     """Train a new run, or go on with the one in `folder`, and report its best model."""
     splits, model, images = prepare(cfg, device, checkpoint, ('train', 'val'), ('test', 'unseen'))
     captioner, _, _ = model
     if cfg.compile:
         captioner.step = compiled(captioner.step, device)
-    print(*head, sep='\n')
+    log = [f'# command: {" ".join(sys.argv)}',
+           f'# torch {torch.__version__}, {WORLD} x {device}', f'# settings: {cfg}']
+    print(*log, sep='\n')
     # What has been reached; --resume restores it.
-    run = SimpleNamespace(epoch=0, step=0, best=-1.0, baseline=torch.zeros(()),
-                          totals={}, log=head, optimizer=None)
+    run = SimpleNamespace(epoch=0, step=0, best=-1.0, baseline=torch.zeros(()), totals={},
+                          log=log, optimizer=None)
     if folder:  # --resume
         vars(run).update(checkpoint['training'])
     elif RANK == 0:
@@ -494,14 +496,12 @@ def train_and_test(cfg, device, head, checkpoint, folder):
 def main():
     cfg, checkpoint, folder, split = parse_settings()
     device = join_ranks(cfg.device)
-    head = [f'# command: {" ".join(sys.argv)}',
-            f'# torch {torch.__version__}, {WORLD} x {device}', f'# settings: {cfg}']
     if split:
         splits, model, images = prepare(cfg, device, checkpoint, (split,))
         if RANK == 0:
             report(model, cfg, split, splits[split], images[split], folder)
     else:
-        train_and_test(cfg, device, head, checkpoint, folder)
+        train_and_test(cfg, device, checkpoint, folder)
     wait()
     if WORLD > 1:
         gc.collect()  # else gloo may free a tensor while Python ends, and abort
