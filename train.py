@@ -235,7 +235,7 @@ def report(model, cfg, split, examples, images, folder):
     print(f'\n{cfg.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {cfg.beam}, '
           f'length penalty {cfg.length_penalty}')
     scores = score(references, hypotheses) + [share]
-    print('                                   B1        B2        B3        B4    METEOR  pointing')
+    print(f'{"":40}B1        B2        B3        B4    METEOR  pointing')
     cells = ['        -' if x is None else f'{x:9.2f}' for x in scores]
     print(f'this model (attention: {cfg.attn})    ', *cells)
     print('BLEU has no brevity penalty, as in the paper; with it BLEU-4 is '
