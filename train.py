@@ -433,8 +433,8 @@ def prepare(cfg, device, checkpoint, needed, more=()):
     splits = load_captions(cfg.data, cfg.data_dir, cfg.skip_bad, (*needed, *more))
     for split in needed:
         if split not in splits:
-            raise UserError(f'{cfg.data} has no images with captions for {split}: add some; '
-                            'three images are the least')
+            raise UserError(f'{cfg.data} has no images with captions for {split}: add some (three '
+                            f'images are the least), or name some in {split}.txt')
     if checkpoint:
         *model, _ = load_checkpoint(checkpoint, device)  # all but its settings
     else:
