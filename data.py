@@ -398,8 +398,8 @@ def read_json(path):
 
 
 MARK = r'\s*[\t,;|]\s*'
-FORM = ('an image with its ending (.jpg or another that Pillow reads), a mark (tab, comma, semicolon '
-        'or bar), and its caption in one column, such as "a.jpg,A dog runs."')
+FORM = ('an image with its ending (.jpg or another that Pillow reads), a mark (tab, comma, '
+        'semicolon or bar), and its caption in one column, such as "a.jpg,A dog runs."')
 
 
 def read_row(line):
