@@ -529,8 +529,8 @@ def load_captions(name, root='data', skip_bad=False, splits=('train', 'val', 'te
     """A data set's {'train': [..], 'val': [..], 'test': [..]} of Example, those of `splits` alone.
 
     name: shapes (which alone has 'unseen', a second test split), a path, or a folder in `root`. A
-    split without images is left out. Raises UserError for the first problem; with
-    skip_bad lines, captions and images that are bad are left out instead.
+    split without images is left out. Raises UserError for the first problem; with skip_bad lines,
+    captions and images that are bad are left out instead.
     """
     if name == 'shapes':
         sizes = {'train': 7000, 'val': 200, 'test': 400, 'unseen': 400}
