@@ -230,7 +230,7 @@ def caption_images(model, examples, images, cfg):
 
 def report(model, cfg, split, examples, images, folder):
     """Caption a split, print its row of the table, write its results and references."""
-    _, encoder, vocabulary = model
+    _, encoder, _ = model
     references, hypotheses, share = caption_images(model, examples, images, cfg)
     print(f'\n{cfg.data} {split}: {len(examples)} images, encoder {encoder.key}, beam {cfg.beam}, '
           f'length penalty {cfg.length_penalty}')
