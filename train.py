@@ -71,7 +71,7 @@ class Settings:
     attn: str = setting('soft', 'attention; none is Show and Tell', ('soft', 'hard', 'none'))
     score: str = setting('additive', 'attention scores', ('additive', 'dot'))
     cell: str = setting('lstm', 'recurrent cell', ('lstm', 'rnn'))
-    encoder: str = setting('pretrained/efficientnet_lite0_stages.pt2',
+    encoder: str = setting('pretrained/efficientnet_lite0_14x14.pt2',
                            'a .pt2 file, a torchvision CNN by name (paper: vgg19), or tiny')
     finetune: bool = setting(False, 'train the CNN too, instead of caching its features')
     image_size: int = setting(224, 'images are squeezed into squares of this side')
@@ -79,7 +79,7 @@ class Settings:
     hidden_dim: int = setting(512, 'size of the recurrent state')
     attn_dim: int = setting(512, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer', most=0.99)
-    input_dropout: float = setting(0.3, 'share of word embeddings and features dropped', most=0.99)
+    input_dropout: float = setting(0.15, 'share of word embeddings and features dropped', most=0.99)
     min_count: int = setting(0, 'vocabulary: words seen at least so often (0: 4 times, or once '
                              'where there are less than 10,000 captions)', least=0)
     # loss
@@ -93,7 +93,7 @@ class Settings:
     lr: float = setting(1e-3, 'learning rate; falls to 0 along half a cosine', most=1)
     encoder_lr: float = setting(1e-4, 'learning rate of a CNN that is fine-tuned', most=1)
     batch_size: int = setting(64, 'captions in a batch')
-    epochs: int = setting(5, 'epochs at most')
+    epochs: int = setting(7, 'epochs at most')
     clip: float = setting(5.0, 'largest norm of the gradient, of decoder and CNN each')
     seed: int = setting(0, 'seed of weights, dropout, batches, samples', least=0, most=1e9)
     amp: bool = setting(False, 'multiply in bfloat16 where that is safe (torch.autocast)')
@@ -109,7 +109,7 @@ class Settings:
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=5e-4)  # with --attn none, on photographs
+SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=2e-3)  # with --attn none, on photographs
 # What no flag may change: MODEL when a checkpoint is given, RUN when a run is resumed.
 MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
          'input_dropout min_count').split()
