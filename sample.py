@@ -70,7 +70,7 @@ def draw_attention(image, words, alphas=None, grid=None):
         panels = [(image, '', '')]
         for word, alpha in zip(words, alphas):
             look, share = draw_look(image, alpha, grid)
-            panels.append((look, word, f'{share:.0%}'))
+            panels.append((look, word, f'{share:.0%} of area'))
     right, down = PANEL + GAP, height + LABEL + GAP  # from one panel to the next
     rows = math.ceil(len(panels) / COLUMNS)
     sheet = Image.new('RGB', (COLUMNS * right + GAP, rows * down + GAP), 'white')
@@ -79,7 +79,7 @@ def draw_attention(image, words, alphas=None, grid=None):
         row, column = divmod(i, COLUMNS)
         x, y = GAP + column * right, GAP + row * down + LABEL
         # A whole caption, which has no share, may be as wide as the sheet.
-        font = SMALL if share and LARGE.getlength(label) > PANEL - 40 else LARGE
+        font = SMALL if share and LARGE.getlength(label) > PANEL - 80 else LARGE
         draw.text((x, y - 6), label, 'black', font, anchor='ls')
         draw.text((x + PANEL, y - 6), share, 'grey', SMALL, anchor='rs')
         sheet.paste(panel, (x, y))
