@@ -1371,11 +1371,11 @@ def test_what_a_user_can_put_right_is_said_in_one_line(here, command, monkeypatc
 # --------------------------------------------------------------------------------- sample, README
 @pytest.mark.parametrize('model', [[], ['--checkpoint', HERE / 'pretrained' / 'hard.pt']])
 def test_the_models_that_come_along_caption_photographs_at_once(tmp_path, command, model):
-    for photo, word in ('a-dog-on-grass-with-a-red-disc', 'dog'), ('two-riders-on-a-beach', 'horse'):
-        file = HERE / 'figures' / f'{photo}.jpg'
-        status, out, _ = command('sample.py', file, '--out', tmp_path, *model)
+    photos = {'a-dog-on-grass-with-a-red-disc': 'dog', 'two-riders-on-a-beach': 'horse'}
+    for photo, word in photos.items():
+        status, out, _ = command('sample.py', HERE / f'figures/{photo}.jpg', '--out', tmp_path, *model)
         assert status == 0 and word in out.split('.jpg: ')[1]
-        assert (tmp_path / f'{file.stem}.attention.png').exists()
+        assert (tmp_path / f'{photo}.attention.png').exists()
     assert sum(path.stat().st_size for path in (HERE / 'pretrained').iterdir()) < 42e6
 
 
