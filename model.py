@@ -193,7 +193,7 @@ class CaptionerConfig:
     cell: str = 'lstm'            # lstm, rnn
     embed_dim: int = 512
     hidden_dim: int = 512
-    attn_dim: int = 512
+    attn_dim: int = 256
     dropout: float = 0.5          # in the output layer
     hard_decode: str = 'argmax'   # context of hard attention when captioning: argmax, expected
     input_dropout: float = 0.0    # of word embeddings E y and of the features in a

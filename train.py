@@ -77,7 +77,7 @@ class Settings:
     image_size: int = setting(224, 'images are squeezed into squares of this side')
     embed_dim: int = setting(512, 'size of word embeddings')
     hidden_dim: int = setting(512, 'size of the recurrent state')
-    attn_dim: int = setting(512, 'size of the attention layer')
+    attn_dim: int = setting(256, 'size of the attention layer')
     dropout: float = setting(0.5, 'share of units dropped in the output layer', most=0.99)
     input_dropout: float = setting(0.15, 'share of word embeddings and features dropped', most=0.99)
     min_count: int = setting(0, 'vocabulary: words seen at least so often (0: 4 times, or once '
