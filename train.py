@@ -109,7 +109,7 @@ class Settings:
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(epochs=10, lr=2e-3)  # with --attn none, on photographs
+SHOW_AND_TELL_DEFAULTS = dict(hidden_dim=256, lr=2e-3, epochs=10)  # --attn none on photographs
 # What no flag may change: MODEL when a checkpoint is given, RUN when a run is resumed.
 MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
          'input_dropout min_count').split()
@@ -358,14 +358,14 @@ def train(cfg, device, model, folder, run, splits, images):
     lengths = np.array([len(caption) for caption in ids])
     while run.epoch < cfg.epochs:
         began = time.time()
-        epoch, first = run.epoch, run.step
+        epoch = run.epoch
         rng = np.random.default_rng((cfg.seed, epoch))
         batches = length_batches(lengths, cfg.batch_size, rng)
         batches = [batch for batch in batches if len(batch) >= WORLD]
         expected = 1.0 if epoch < cfg.warm_up else cfg.expected
         captioner.train()
         encoder.train()
-        for step in range(first, len(batches)):
+        for step in range(run.step, len(batches)):
             # Dropout and samples depend on the step alone: a run that is resumed draws the same.
             # (The hash of numbers is the same in every process.)
             torch.manual_seed(hash((cfg.seed, RANK, epoch, step)))
