@@ -109,7 +109,7 @@ class Settings:
 SHAPES_DEFAULTS = dict(encoder='tiny', image_size=64, embed_dim=128, hidden_dim=256, attn_dim=128,
                        dropout=0.1, input_dropout=0.0, lr=2e-3, encoder_lr=2e-3,
                        batch_size=100, epochs=4, beam=3, hard_decode='argmax')
-SHOW_AND_TELL_DEFAULTS = dict(hidden_dim=256, lr=2e-3, epochs=10)  # --attn none on photographs
+SHOW_AND_TELL_DEFAULTS = dict(embed_dim=1024, lr=2e-3, epochs=10)  # --attn none on photographs
 # What no flag may change: MODEL when a checkpoint is given, RUN when a run is resumed.
 MODEL = ('attn score cell encoder finetune image_size embed_dim hidden_dim attn_dim dropout '
          'input_dropout min_count').split()
