@@ -41,7 +41,8 @@ def draw_look(image, alpha, grid):
     grey = 0.45 * np.float32(image.convert('L'))[:, :, None]
     m = np.minimum(w / level, 1)[:, :, None] ** 2  # 1 inside of the region
     picture = grey + m * (pixels - grey)
-    region = Image.fromarray(np.uint8(w >= level)).filter(ImageFilter.MedianFilter(13))  # no specks
+    # The filter drops islands of less than a cell: they need no line.
+    region = Image.fromarray(np.uint8(w >= level)).filter(ImageFilter.MedianFilter(21))
     wider = region.filter(ImageFilter.MaxFilter(5))  # by two pixels
     picture[np.not_equal(region, wider)] = 255, 210, 0  # the line
     return Image.fromarray(np.uint8(picture)), half / w.size
