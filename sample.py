@@ -31,21 +31,22 @@ def draw_look(image, alpha, grid):
     The smallest region with half of the weights alpha (L,) has a yellow line around it and keeps
     the image's colours; elsewhere the picture is dim and grey.
     """
-    pixels = np.asarray(image, dtype=np.float32)  # (height, width, 3)
-    cells = Image.fromarray(np.asarray(alpha, dtype=np.float32).reshape(grid))
+    pixels = np.float32(image)  # (height, width, 3)
+    cells = Image.fromarray(np.float32(alpha).reshape(grid))
     w = np.asarray(cells.resize(image.size, Image.BICUBIC)).clip(0)  # the weight of each pixel
-    largest_first = np.sort(w, axis=None)[::-1]
-    sums = largest_first.cumsum()
+    smallest_first = np.sort(w, axis=None)
+    sums = smallest_first.cumsum()
     half = np.searchsorted(sums, sums[-1] / 2)
-    level = largest_first[half]  # pixels above it hold half of the weight
+    level = smallest_first[half]  # pixels from there on hold half of the weight
     grey = 0.45 * np.float32(image.convert('L'))[:, :, None]
     m = np.minimum(w / level, 1)[:, :, None] ** 2  # 1 inside of the region
     picture = grey + m * (pixels - grey)
-    # The filter drops islands of less than a cell: they need no line.
-    region = Image.fromarray(np.uint8(w >= level)).filter(ImageFilter.MedianFilter(21))
+    # The majority of 21 x 21 pixels decides what the line surrounds: no islands below a cell.
+    blurred = Image.fromarray(w >= level).convert('L').filter(ImageFilter.BoxBlur(10))
+    region = blurred.point(lambda value: value // 128)
     wider = region.filter(ImageFilter.MaxFilter(5))  # by two pixels
     picture[np.not_equal(region, wider)] = 255, 210, 0  # the line
-    return Image.fromarray(np.uint8(picture)), half / w.size
+    return Image.fromarray(np.uint8(picture)), 1 - half / w.size
 
 
 def drawable(word):
